@@ -1,0 +1,136 @@
+"""One request's answer: from the engine's tokens to settled text, choices and server-sent events.
+
+Knows nothing of addresses, keys or the application; when its reader leaves, it stops the engine's work.
+
+Shape letters, in words: `experts` is [MoE layer][k].
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+
+from dsl.engine import Engine, Full, Job
+from dsl.generation import Token
+from dsl.wire import CompletionBody, Refused, problem_of
+
+
+def _as_refusal(error: Exception) -> Refused:
+    if isinstance(error, Full):
+        return Refused(503, f"{error}, try again later", **{"Retry-After": "2"})
+    if isinstance(error, ValueError):  # of `generate`: opens with the field's name
+        return Refused(422, str(error).splitlines()[0], str(error).split()[0])
+    return Refused(500, str(error))
+
+
+class Answer:
+    """One request's tokens as they come: text without what follows a stop text, counts, and why it ended."""
+
+    def __init__(self, engine: Engine, request: Request, sampling: dict[str, Any], stops: tuple[str, ...] = ()):
+        self.engine, self.request, self.stops, self.most = engine, request, stops, sampling["max_new_tokens"]
+        self.job, self.prompt_tokens, self.new, self.held, self.finish = (
+            Job(sampling, engine.limits.seconds),
+            0,
+            0,
+            "",
+            "",
+        )
+
+    async def _watch(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.job.stop.set()
+
+    async def pieces(self) -> AsyncIterator[tuple[str, list[Token]]]:
+        """Text that is settled and the tokens it came with. Raises Refused; ends with `finish` set."""
+        try:
+            self.engine.submit(self.job)
+        except Full as full:
+            raise _as_refusal(full) from None
+        watch, self.finish = asyncio.create_task(self._watch()), "length"
+        try:
+            while (item := await self.job.items.get()) is not None:
+                if isinstance(item, Exception):
+                    raise _as_refusal(item)
+                self.prompt_tokens, self.new = self.prompt_tokens or item.position, self.new + 1
+                text = self._settled(item.text)
+                yield text, [item]
+                if self.finish == "stop":
+                    return
+                if item.id == self.engine.tokenizer.eos_token_id:
+                    self.finish = "stop"
+            if self.held:
+                yield self.held, []
+        finally:
+            watch.cancel()
+            self.job.stop.set()
+
+    def _settled(self, piece: str) -> str:
+        self.held += piece
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.finish, self.held = "stop", self.held[: min(found)]
+        ends = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+        keep = 0 if found else max(ends, default=0)  # may be the beginning of a stop text
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+    @property
+    def usage(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.new
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new, "total_tokens": total}
+
+
+def choice_of(
+    body: CompletionBody, text: str, tokens: list[Token], finish: str | None, offset: int = 0
+) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+    if body.logprobs is not None:
+        logs = {"tokens": [t.text for t in tokens], "token_logprobs": [_log(t.probability) for t in tokens]}
+        likely = [
+            sorted([(t.text, t.probability), *(r[1:] for r in t.runners_up)], key=lambda x: -x[1]) for t in tokens
+        ]
+        logs["top_logprobs"] = [{text: _log(p) for text, p in row[: body.logprobs]} for row in likely]
+        ends = [offset]
+        for token in tokens:
+            ends.append(ends[-1] + len(token.text))
+        choice["logprobs"] = {**logs, "text_offset": ends[:-1]}
+    if body.routing:
+        choice["routing"] = [
+            {"text": t.text, "probability": t.probability, "experts": t.experts.tolist(), "state_bytes": t.state_bytes}
+            for t in tokens
+        ]
+    return choice
+
+
+def _log(probability: float) -> float:
+    return math.log(max(probability, 1e-30))
+
+
+async def chunks(answer: Answer, body: CompletionBody, before: str, head: dict[str, Any]) -> AsyncIterator[str]:
+    offset = len(before)
+    async with aclosing(answer.pieces()) as pieces:
+        async for piece, tokens in pieces:
+            choice = choice_of(body, before + piece, tokens, None, offset)
+            before, offset = "", offset + len(piece)
+            yield json.dumps({**head, "choices": [choice]})
+    yield json.dumps({**head, "choices": [choice_of(body, before, [], answer.finish, offset)]})
+    if (body.stream_options or {}).get("include_usage"):
+        yield json.dumps({**head, "choices": [], "usage": answer.usage})
+
+
+async def events(first: str, chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    async with aclosing(chunks):
+        try:
+            yield f"data: {first}\n\n"
+            async for chunk in chunks:
+                yield f"data: {chunk}\n\n"
+        except Refused as refused:  # too late for a status
+            yield f"data: {json.dumps(problem_of(refused.detail, refused.status_code))}\n\n"
+        yield "data: [DONE]\n\n"

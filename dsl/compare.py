@@ -1,0 +1,153 @@
+"""Runs side by side, from their files alone: what each is, what it cost, how good it became, and with what certainty.
+
+Reads hparams.yaml and metrics.csv, also of a run that died or lost rows; loads no weights. What is uncertain or not
+comparable is said in the `notes` of a row, never averaged away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from dsl import curves, evaluation, settings
+from dsl.schema import suggest
+from dsl.settings import Run, SettingsError
+
+CONTEXTS = (256, 8_192, 131_072)  # at which states are counted
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom n; beyond, 1.96 + 2.5 / n is right to 1 %.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def settings_of(log_dir: Path) -> tuple[Run | None, dict[str, Any], str]:
+    """(the run, its record, what is wrong with the file): settings that this version refuses are no run."""
+    try:
+        values = yaml.safe_load((log_dir / "hparams.yaml").read_text("utf-8"))
+        return Run.from_dict(values), values.get("record") or {}, ""
+    except FileNotFoundError:
+        return None, {}, "no hparams.yaml: cost and corpus are unknown"
+    except (SettingsError, yaml.YAMLError, AttributeError) as error:
+        return None, {}, f"hparams.yaml: {str(error).splitlines()[0]}"
+
+
+def log_dirs(names: str) -> list[Path]:
+    """The log folders of runs, "one, other". Raises SettingsError."""
+    home = settings.home() / "logs" / "training"
+    known = sorted(path.name for path in home.glob("*") if path.is_dir())
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in known]:
+        raise SettingsError(
+            f"run must name folders of logs/training, got {name!r}{suggest(name, known)}" for name in unknown
+        )
+    return [home / name for name in wanted]
+
+
+def curve(log_dir: Path) -> pd.DataFrame:
+    """metrics.csv with the time spent in steps so far, as `seconds` and as `cpu_seconds` of all threads.
+
+    A row's speed is that of its interval; where rows are missing, the next row's stands for them.
+    """
+    table = curves.metrics(log_dir)
+    steps = table.step.diff().fillna(table.step)
+    spent = steps * table.step_seconds
+    return table.assign(seconds=spent.cumsum(), cpu_seconds=(spent * table.cpu_percent / 100).cumsum())
+
+
+def _gaps(table: pd.DataFrame, every: int) -> int:
+    """Rows that should stand between the first and the last, and do not."""
+    due = set(range(every, int(table.step.iloc[-1]) + 1, every))
+    return len(due - set(table.step.astype(int)))
+
+
+def row(log_dir: Path) -> dict[str, Any]:
+    """One run as one row of a table; None where its files do not say."""
+    run, record, problem = settings_of(log_dir)
+    notes, found = [problem] if problem else [], {"run": log_dir.name, "status": "no row logged"}
+    if run:
+        cost = evaluation.cost(run.model, optimizer=run.train.optimizer)
+        found |= {"seed": run.train.seed, "corpus": run.data.corpus, "fingerprint": record.get("corpus")}
+        found |= {"tokenizer": run.data.tokenizer or "of the corpus", "vocab_size": run.model.vocab_size}
+        found |= {"held_out_bytes": run.data.held_out_bytes, "max_steps": run.train.max_steps}
+        found |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters}
+        found |= {"training_flops": cost.training_flops}
+        found |= {f"state_bytes_{n}": cost.state_bytes(n) for n in CONTEXTS}
+    try:
+        table = curve(log_dir)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        table = pd.DataFrame()
+    if len(table):
+        last, step = table.iloc[-1], int(table.step.iloc[-1])
+        measured = table.dropna(subset=["held_out_bits_per_byte"])
+        best = measured.iloc[-1] if len(measured) else None
+        found |= {"step": step, "tokens": int(last.tokens), "loss": last.loss, "cpu_seconds": last.cpu_seconds}
+        found |= {"tokens_per_cpu_second": last.tokens / last.cpu_seconds if last.cpu_seconds else None}
+        found |= {"bits_per_byte": None if best is None else best.held_out_bits_per_byte}
+        complete = run is not None and step >= run.train.max_steps
+        found["status"] = "complete" if complete else f"stopped at step {step}"
+        if best is None:
+            notes.append("held-out text was never measured")
+        elif best.step < step:
+            notes.append(f"held-out text was last measured at step {int(best.step)}")
+        if run and (missing := _gaps(table, run.train.logging_steps)):
+            notes.append(f"{missing} rows are missing")
+        if int(last.skipped_steps):
+            notes.append(f"{int(last.skipped_steps)} batches were left out")
+    return found | {"notes": "; ".join(notes)}
+
+
+def table(log_dirs: Iterable[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """A row for each run, and what keeps them from being compared."""
+    rows = pd.DataFrame([row(path) for path in log_dirs])
+    return rows, apart(rows)
+
+
+def apart(rows: pd.DataFrame) -> list[str]:
+    """What keeps runs from being compared, in words."""
+    tokenizers = "have different tokenizers: compare bits per byte; loss is per token, and tokens differ in size"
+    warnings = []
+    for column, text in {
+        "fingerprint": "read different corpora: neither loss nor bits per byte can be compared",
+        "vocab_size": tokenizers,
+        "tokenizer": tokenizers,
+        "held_out_bytes": "were measured on different amounts of held-out text",
+        "step": "were trained for different numbers of steps",
+    }.items():
+        if column in rows and rows[column].nunique() > 1:
+            warnings.append(f"these runs {text}")
+    return list(dict.fromkeys(warnings))
+
+
+# ---------------------------------------------------------------- certainty
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t; NaN for one value, which shows no spread."""
+    x = np.asarray([v for v in values if v == v], float)
+    if len(x) < 2:
+        return (float(x.mean()) if len(x) else math.nan), math.nan
+    t = T95[len(x) - 2] if len(x) - 2 < len(T95) else 1.96 + 2.5 / (len(x) - 1)
+    return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def difference(rows: pd.DataFrame, one: str, other: str, column: str = "bits_per_byte") -> tuple[float, float, int]:
+    """(mean, half width, seeds) of `one` minus `other`, paired by seed: the same data in the same order."""
+    pair = rows[rows.config.isin((one, other))].pivot_table(index="seed", columns="config", values=column)
+    both = pair.dropna() if {one, other} <= set(pair) else pair.iloc[:0]
+    gaps = both[one] - both[other] if len(both) else []
+    return *interval(gaps), len(both)
+
+
+def verdict(mean: float, half: float, sign: int, margin: float = 0.0) -> str:
+    """Is the 95 % interval evidence for an effect of that sign, against it, or silent? A sign of 0: for none at all,
+    within `margin`.
+    """
+    if sign == 0:
+        return "for" if abs(mean) + half <= margin else "against" if abs(mean) - half > margin else "silent"
+    if not half < abs(mean):  # NaN too: one seed says nothing
+        return "silent"
+    return "for" if mean * sign > 0 else "against"

@@ -1,0 +1,118 @@
+"""What attention costs on this machine: CPU-seconds and memory over length, in training and in decoding.
+
+Knows the forms and the mixers, nothing of models or training. Times are CPU-seconds, the least of
+several repetitions on one thread, so that a busy machine disturbs them least.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsl import attention, ops
+from dsl.config import ModelConfig
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention as its formula stands, with the T x T matrix in memory."""
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+
+
+def _elu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.linear_attention(ops.elu_feature_map(q), ops.elu_feature_map(k), v)[0]
+
+
+def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ops.delta_rule(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, torch.full_like(k[..., 0], 0.5))[0]
+
+
+FORMS = {"written out": _written_out, "softmax": _sdpa, "elu": _elu, "delta": _delta}
+
+
+def cpu_seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
+    """The least CPU time of one call, over at least three calls and `at_least` seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # idle threads that wait for work count as CPU time
+    try:
+        work()
+        best, spent, calls = math.inf, 0.0, 0
+        while calls < 3 or spent < at_least:
+            start = time.process_time()
+            work()
+            took = time.process_time() - start
+            best, spent, calls = min(best, took), spent + took, calls + 1
+    finally:
+        torch.set_num_threads(threads)
+    return best
+
+
+def training(kind: str, length: int, *, batch: int = 1, heads: int = 6, kv_heads: int = 2, width: int = 64):
+    """(CPU-seconds of forward and backward, bytes kept from forward to backward) of one of FORMS, fp32."""
+    q, k, v = (torch.randn(batch, length, n, width, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = FORMS[kind](q, k, v)
+    gradient = torch.randn_like(out)
+    work = lambda: torch.autograd.grad(FORMS[kind](q, k, v), (q, k, v), gradient)  # noqa: E731
+    return cpu_seconds(work), sum(kept.values())
+
+
+def decoding(kind: str, context: int, config: ModelConfig) -> tuple[float, int]:
+    """(CPU-seconds of one new token after `context` tokens, bytes of state) of one mixer, batch 1, fp32."""
+    mixer, c = attention.MIXERS.resolve(kind)(config), config
+    x, positions = torch.randn(1, 1, c.hidden_size), torch.tensor([[context]])
+    if kind == "softmax":
+        keys, values = torch.randn(2, 1, context, c.num_key_value_heads, c.head_dim)
+        state = attention.SoftmaxState(context, keys, values, None)
+    elif kind == "latent":
+        latent, rope_key = torch.randn(1, context, 1, c.kv_lora_rank), torch.randn(1, context, 1, c.qk_rope_head_dim)
+        state = attention.LatentState(context, latent, rope_key, None)
+    else:  # the size of the state does not depend on the context
+        with torch.no_grad():
+            _, state = mixer(x.expand(1, 4, -1), None, positions.expand(1, 4), None)
+    with torch.no_grad():
+        return cpu_seconds(lambda: mixer(x, state, positions, None)), state.num_bytes
+
+
+def exponent(lengths: list[int], seconds: list[float]) -> float:
+    """The power p of seconds ~ length^p, fitted over the longer half of the lengths."""
+    half = len(lengths) // 2
+    x, y = (torch.tensor(values[half:], dtype=torch.float64).log() for values in (lengths, seconds))
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def crossover(lengths: list[int], slow: list[float], fast: list[float]) -> float:
+    """The length from which `fast` is cheaper for good, interpolated on log axes; inf where it never is."""
+    gaps = [math.log(s / f) for s, f in zip(slow, fast, strict=True)]
+    losing = [i for i, gap in enumerate(gaps) if gap <= 0]
+    if not losing:
+        return float(lengths[0])
+    i = losing[-1]
+    if i + 1 == len(gaps):
+        return math.inf
+    return lengths[i] * (lengths[i + 1] / lengths[i]) ** (-gaps[i] / (gaps[i + 1] - gaps[i]))
+
+
+def cache_bytes(number_bytes: float = 2, layers: int = 1, **sizes) -> float:
+    """Bytes that `layers` attention layers of these ModelConfig sizes keep for each token."""
+    c = ModelConfig(layer_types=("full_attention",), num_hidden_layers=1, moe_layers=(), **sizes)
+    per_token = 2 * c.num_key_value_heads * c.head_dim
+    if c.full_attention_kind == "latent":
+        per_token = c.kv_lora_rank + c.qk_rope_head_dim
+    return layers * per_token * number_bytes

@@ -1,0 +1,160 @@
+"""One run under the lens: what its weights say about position, recall, kinds of tokens and experts.
+
+Writes analysis.csv and token_losses.npz beside a run's log; knows nothing of other runs, but for `of_runs`, which lays
+anybody's runs out as the study's tables are. Notebook 04 draws what is found.
+
+Shape letters: N rows, T time, L MoE layers, k experts of a token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsl import checkpoint, compare, data, evaluation, hub, routing, settings
+from dsl.model import LanguageModel
+from dsl.settings import Run
+
+ROWS = 64  # of which every token's loss is kept
+BINS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+COLUMNS = ["measure", "layer", "key", "count", "value"]
+
+
+def analysis(log_dir: Path) -> Path:
+    """Where the figures of a run are, that took its weights to make."""
+    return Path(log_dir) / "analysis.csv"
+
+
+@torch.no_grad()
+def token_losses(model: LanguageModel, rows: Tensor) -> Tensor:
+    """Loss of every token in nats: rows [N, T + 1] -> [N, T], NaN where nothing is scored; in eval mode."""
+    model, parts = model.eval(), []
+    for some in rows.split(8):
+        labels = some[:, 1:]
+        logits = model.logits(model(some[:, :-1].clamp(min=0))[0]).float()
+        loss = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+        parts.append(loss.masked_fill(labels == evaluation.IGNORE, torch.nan))
+    return torch.cat(parts)
+
+
+def seen_before(rows: Tensor) -> np.ndarray:
+    """For every predicted token what the row has shown of it before: rows [N, T + 1] -> text [N, T].
+
+    "pair" where the token before it was followed by it earlier: copying is enough (Zoology's recall hits, 2312.04927).
+    """
+    found = np.full((rows.shape[0], rows.shape[1] - 1), "new token", dtype=object)
+    for i, row in enumerate(rows.tolist()):
+        tokens, pairs = {row[0]}, set()
+        for t, pair in enumerate(pairwise(row)):
+            found[i, t] = "seen pair" if pair in pairs else "seen token" if pair[1] in tokens else "new token"
+            tokens.add(pair[1])
+            pairs.add(pair)
+    return found
+
+
+def token_share(tokens: Tensor, experts: Tensor, count: int) -> float:
+    """How much of an expert's choice the token's identity decides: mutual information over the choice's entropy."""
+    ids = tokens.flatten().unique(return_inverse=True)[1]
+    joint = torch.bincount(ids * count + experts.flatten(), minlength=(int(ids.max()) + 1) * count).double()
+    joint = joint.view(-1, count) / joint.sum()
+    entropy = torch.special.entr(joint.sum(0)).sum()
+    mutual = entropy + torch.special.entr(joint.sum(1)).sum() - torch.special.entr(joint).sum()
+    return float(mutual / entropy) if entropy > 0 else 0.0
+
+
+def analyse(source: str | Path) -> Path:
+    """Write a run's analysis.csv (columns measure, layer, key, count, value) and token_losses.npz beside its log.
+
+    Raises CheckpointError and the corpus's errors.
+    """
+    folder, _ = checkpoint.newest(settings.find_run(source) or source)
+    if folder is None:
+        raise checkpoint.CheckpointError(f"no good checkpoint in {source}")
+    model, tokenizer = hub.load(folder)
+    run = Run.from_dict(checkpoint.read_trainer(folder)["settings"])
+    corpus = data.open_corpus(
+        run.data.model_copy(
+            update={"held_out_bytes": settings.preset("tiny").data.held_out_bytes if settings.smoke() else 400_000}
+        )
+    )
+    rows, n_bytes = data.held_out_rows(corpus, tokenizer, run.model.max_position_embeddings)
+    losses = token_losses(model.model, rows)
+    found = [("final", "", "bits_per_byte", n_bytes, float(losses.nansum()) / np.log(2) / n_bytes)]
+    found += _positions(model.model, run, losses, data.held_out_rows(corpus, tokenizer, BINS[-1])[0])
+    kinds = np.array([routing.kind_of(tokenizer.decode([i])) for i in range(len(tokenizer))], dtype=object)
+    for measure, keys in {"seen": seen_before(rows), "kind": kinds[rows[:, 1:].clamp(min=0)]}.items():
+        frame = pd.DataFrame({"key": keys.flatten(), "value": losses.flatten()}).dropna()
+        found += [(measure, "", key, len(some), some.value.mean()) for key, some in frame.groupby("key")]
+    if run.model.moe_layers:
+        found += _experts(model.model, run, rows[:, :-1].clamp(min=0)[:ROWS])
+    np.savez_compressed(run.log_dir / "token_losses.npz", tokens=rows[:ROWS], losses=losses[:ROWS].half())
+    new, place = run.log_dir / "analysis.new", analysis(run.log_dir)
+    pd.DataFrame(found, columns=COLUMNS).to_csv(new, index=False)
+    os.replace(new, place)
+    return place
+
+
+def _positions(model: LanguageModel, run: Run, losses: Tensor, longer: Tensor) -> Iterator[tuple]:
+    """Loss by the tokens seen so far; where no layer has a limit, what more of them than in training change.
+
+    Both cut the same text into rows, so a token of a longer row is compared with itself in a row of the window.
+    """
+    window = losses.shape[1]
+    for low, high in pairwise(BINS):
+        if high <= window:
+            some = losses[:, low:high]
+            yield "position", "", low, int(some.isfinite().sum()), float(some.nanmean())
+    if "full_attention" in run.model.layer_types:
+        return
+    far = token_losses(model, longer)
+    more = far - F.pad(losses.flatten(), (0, far.numel() - losses.numel()), value=torch.nan).view_as(far)
+    for low, high in pairwise(BINS):
+        if window <= low and high <= far.shape[1]:
+            some = more[:, low:high]
+            yield "longer", "", low, int(some.isfinite().sum()), float(some.nanmean())
+
+
+def _experts(model: LanguageModel, run: Run, tokens: Tensor) -> Iterator[tuple]:
+    """How the choices settled over the checkpoints, and what decides them in the last."""
+    places = [checkpoint.step_dir(run.run_dir, step) for step in checkpoint.steps(run.run_dir)]
+    last, count = routing.routes(model, tokens), run.model.num_experts
+    for place in places:
+        same = routing.saturation(routing.routes(hub.load(place)[0].model, tokens), last).tolist()
+        for layer, share in zip(run.model.moe_layers, same, strict=True):
+            yield "saturation", layer, int(place.name[5:]), tokens.numel(), share
+    shuffled = tokens.flatten()[torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(0))]
+    for layer, experts in zip(run.model.moe_layers, last[..., 0], strict=True):
+        for key, of in {"token": tokens, "token before": tokens.roll(1, 1), "chance": shuffled}.items():
+            yield "specialisation", layer, key, tokens.numel(), token_share(of, experts, count)
+
+
+def of_runs(names: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[str]]:
+    """Runs of anybody's, "one, other": table of `compare`, curves and analysis as the study has them, and what to mind.
+
+    What takes weights is made where there are some, once for each newest checkpoint. Raises SettingsError.
+    """
+    places = compare.log_dirs(names)
+    rows, notes = compare.table(places)
+    curves, found = [], []
+    for place in places:
+        about = {"config": place.name, "seed": 0}
+        if (place / "metrics.csv").exists():
+            curve = compare.curve(place).dropna(subset=["held_out_bits_per_byte"])
+            curves.append(curve.assign(maxvio=curve.filter(like="maxvio_").mean(axis=1), **about))
+        try:
+            newest, made = checkpoint.newest(settings.find_run(place.name) or place)[0], analysis(place)
+            if not (made.exists() and newest and made.stat().st_mtime > newest.stat().st_mtime):
+                analyse(place.name)
+            found.append(pd.read_csv(made).assign(**about))
+        except (RuntimeError, ValueError, OSError) as error:  # no weights, no corpus, no network: the logs still speak
+            notes.append(f"{place.name} is shown without its weights: {error}")
+    found = found or [pd.DataFrame(columns=[*COLUMNS, "config", "seed"])]
+    return rows.assign(config=rows.run, seed=0), pd.concat(curves or [pd.DataFrame()]), pd.concat(found), notes

@@ -1,0 +1,211 @@
+"""How figures look, where they are saved and how a notebook shows them; then the figures of attention and experts.
+
+A colour means one thing in the whole workbook. Takes arrays; never touches a model or a trainer.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dsl import settings
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLORS = {
+    "softmax": "#0072B2",
+    "elu": "#E69F00",
+    "delta": "#009E73",
+    "latent": "#CC79A7",
+    "taylor": "#D55E00",
+    "dpfp": "#8C6D31",
+    "other": "#56B4E9",
+    "experts": "#332288",
+    "loss": "#777777",
+    "held_out": "#332288",
+    "published": "#999999",
+    "law": "#000000",
+}
+mpl.rcParams.update(
+    {
+        "figure.dpi": 90,
+        "savefig.dpi": 150,
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+        "font.size": 10,
+        "axes.titlesize": 10,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+    }
+)
+
+
+def folder(run: str = "notebooks") -> Path:
+    """Where figures go: the committed folder where DSL_FIGURES names it (make figures), else figures/runs/RUN."""
+    chosen = os.environ.get("DSL_FIGURES")
+    return Path(chosen) if chosen else settings.home() / "figures" / "runs" / run
+
+
+def show(figure: plt.Figure, name: str, run: str = "notebooks") -> None:
+    """Save the figure as NAME.png and display it: the picture for people, a digest in text for checks; close it.
+
+    The digest rounds what is drawn to two digits, so that a notebook's stored output can be compared on another
+    machine (pictures cannot).
+    """
+    from IPython.display import display
+
+    place = folder(run)
+    place.mkdir(parents=True, exist_ok=True)
+    figure.savefig(place / f"{name}.png", metadata={"Software": None})
+    text = digest(figure)
+    display({"image/png": base64.b64encode(png(figure)).decode(), "text/plain": text}, raw=True)
+
+
+def png(figure: plt.Figure) -> bytes:
+    """The figure as a small PNG for the screen; closes it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=mpl.rcParams["figure.dpi"], metadata={"Software": None})
+    plt.close(figure)
+    return picture.getvalue()
+
+
+def digest(figure: plt.Figure) -> str:
+    """What a figure shows, in a few rounded numbers a line."""
+    lines = []
+    for axis in figure.axes:
+        names = [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
+        lines.append(" | ".join(name for name in names if name))
+        for line in axis.get_lines():
+            y = np.asarray(line.get_ydata(), float)
+            y = y[~np.isnan(y)]
+            if y.size:
+                span = f"{_round(y[0])} .. {_round(y[-1])}, from {_round(y.min())} to {_round(y.max())}"
+                lines.append(f"  {line.get_label()}: {y.size} points, {span}")
+        for bars in axis.containers:
+            heights = [_round(bar.get_height()) for bar in bars if hasattr(bar, "get_height")]
+            lines.append(f"  {bars.get_label()}: bars {' '.join(heights)}")
+        for image in axis.get_images():
+            values = np.asarray(image.get_array(), float)
+            lines.append(f"  image {values.shape}, mean {_round(values.mean())}")
+    return "\n".join(lines)
+
+
+def _round(x: float) -> str:
+    return "nan" if np.isnan(x) else f"{x + 0.0:.2g}"
+
+
+# ---------------------------------------------------------------- attention
+
+NAMES = {"softmax": "softmax", "elu": "linear (ELU+1)", "delta": "delta rule", "latent": "latent (MLA)"}
+NAMES |= {"taylor": "linear (Taylor, Based)", "dpfp1": "linear (DPFP-1)", "written out": "softmax, written out"}
+
+
+SHORT = {"softmax": "softmax", "elu": "ELU+1", "dpfp1": "DPFP-1"}
+MARKERS = {("softmax", "sum"): "s", ("elu", "sum"): "D", ("dpfp1", "sum"): "o"}
+MARKERS |= {("elu", "delta"): "v", ("dpfp1", "delta"): "^"}
+
+
+def _color(kind: str) -> str:
+    return COLORS.get(kind, COLORS["dpfp"] if kind.startswith("dpfp") else COLORS["other"])
+
+
+def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, float], guess: float) -> plt.Figure:
+    """Loss over number of keys, ours (mean and span of seeds) over the authors' points; setting 1 left, 2 right."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
+    series = sorted({(r["setting"], r["memory"], r["rule"]) for r in rows})
+    for setting, memory, rule in series:
+        axis = axes[setting - 1]
+        marker = MARKERS[memory, rule]
+        theirs = [r for r in published if (r["setting"], r["memory"], r["rule"]) == (setting, memory, rule)]
+        theirs = sorted((r["keys"], r["loss"]) for r in theirs if r["keys"] <= 210)
+        name = SHORT[memory] if rule == "sum" else f"delta rule, {SHORT[memory]}"
+        grey = {"color": COLORS["published"], "lw": 1, "ms": 7, "alpha": 0.7}
+        axis.plot(*zip(*theirs, strict=True), f"{marker}:", **grey, label=f"{name}, authors")
+        mine = [r for r in rows if (r["setting"], r["memory"], r["rule"]) == (setting, memory, rule)]
+        keys = sorted({r["keys"] for r in mine})
+        seeds = [[r["loss"] for r in mine if r["keys"] == n] for n in keys]
+        color = COLORS["delta"] if rule == "delta" else _color(memory)
+        style = {"color": color, "ls": "--" if marker == "v" else "-", "marker": marker, "ms": 4}
+        axis.plot(keys, [np.mean(s) for s in seeds], **style, label=f"{name}, ours")
+        axis.vlines(keys, [min(s) for s in seeds], [max(s) for s in seeds], color=color, lw=3, alpha=0.4)
+    for axis, title in zip(axes, ("each key is written once", "keys come again, the last value counts"), strict=True):
+        axis.set(xlabel="number of keys N", title=f"Setting {1 if axis is axes[0] else 2}: {title}")
+    for memory, width in capacities.items():
+        axes[0].axvline(width, color=_color(memory), ls=":", lw=1.2)
+        axes[0].annotate(
+            f"law: N = {width:.0f}", (width, 0.37), rotation=90, ha="right", va="top", fontsize=8, color=_color(memory)
+        )
+    axes[0].axvline(guess, color="black", ls="--", lw=1.2, label=f"my guess: N = {guess:g}")
+    axes[0].set_ylabel("retrieval loss, 0.5 |error|²")
+    axes[0].set_ylim(-0.012, 0.4)
+    for axis in axes:
+        axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+    axes[0].get_legend().set_title("grey: the authors' logs, Schlag et al. 2021", {"size": 7.5})
+    return figure
+
+
+def interference(keys, law, curves: dict[str, list[float]], marked: int | None = None) -> plt.Figure:
+    """Retrieval error of untrained random keys over their number: measured points over the law's line."""
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    axis.plot(keys, law, color=COLORS["law"], lw=1.2, label="law of the sum rule, (N - 1) / d")
+    for name, values in curves.items():
+        color = COLORS["delta"] if "delta" in name else COLORS["elu"] if "ELU" in name else COLORS["other"]
+        axis.plot(keys, values, "o", ms=5, color=color, label=name)
+    if marked is not None:
+        axis.axvline(marked, color="black", ls="--", lw=1, label=f"N = {marked}")
+    axis.set(xlabel="number of keys N", ylabel="mean squared error of a read value", yscale="log")
+    ticks(axis, keys)
+    axis.legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def ticks(axis, values) -> None:
+    """A logarithmic x axis with plain numbers where the points are."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{n / 1024:g}k" if n >= 1024 and n % 1024 == 0 else f"{n:g}" for n in values])
+    axis.minorticks_off()
+
+
+def recall_curves(rows: list[dict]) -> plt.Figure:
+    """MQAR accuracy over training steps: thin lines for seeds, thick for the mean, a panel for each number of pairs."""
+    panels = sorted({row["pairs"] for row in rows})
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.8), sharey=True, layout="constrained", squeeze=False
+    )
+    for pairs, axis in zip(panels, axes[0], strict=True):
+        for kind, lr in sorted({(r["kind"], r["lr"]) for r in rows if r["pairs"] == pairs}):
+            mine = [r for r in rows if (r["pairs"], r["kind"], r["lr"]) == (pairs, kind, lr)]
+            steps = [int(name.split()[1]) for name in mine[0] if name.startswith("step ")]
+            curves = np.array([[r[f"step {n}"] for n in steps] for r in mine])
+            style = "--" if lr > 5e-3 else "-"
+            axis.plot(steps, curves.T, color=_color(kind), ls=style, lw=0.6, alpha=0.6, label="_")
+            label = f"{NAMES.get(kind, kind)}, rate {lr:g}, {len(mine)} seed{'s' * (len(mine) > 1)}"
+            axis.plot(steps, curves.mean(0), color=_color(kind), ls=style, lw=2.2, label=label)
+        axis.set(xlabel="training steps (64 rows of 64 tokens)", title=f"{pairs} pairs")
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.16))
+    axes[0, 0].set(ylabel="share of values recalled", ylim=(-0.02, 1.02))
+    return figure
+
+
+def scaling(lengths, panels: dict[str, dict[str, list[float]]], xlabel: str, notes: dict | None = None) -> plt.Figure:
+    """Log-log curves over length, a panel for each quantity {"ylabel": {kind: values}}; notes join the labels."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    for (ylabel, curves), axis in zip(panels.items(), axes[0], strict=True):
+        for kind, values in curves.items():
+            note = (notes or {}).get((ylabel, kind), "")
+            color, style = (COLORS["softmax"], "s:") if kind == "written out" else (_color(kind), "o-")
+            axis.plot(lengths[: len(values)], values, style, ms=4, color=color, label=NAMES.get(kind, kind) + note)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+        ticks(axis, lengths)
+        axis.legend(fontsize=8)
+    return figure

@@ -1,0 +1,91 @@
+"""This process among others and under signals: the ranks that torchrun started, and a polite answer to Ctrl-C.
+
+Knows nothing of models or runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Processes:
+    """This process among the `world` that torchrun started, or alone without torchrun. The `first` one writes.
+
+    A process group that is there already is used, and left to its owner.
+    """
+
+    def __init__(self) -> None:
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.first, self.device = self.rank == 0, None
+        if self.world > 1 and torch.cuda.is_available():
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self) -> Processes:
+        self.owner = self.world > 1 and not dist.is_initialized()
+        if self.owner:
+            dist.init_process_group()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.owner:
+            dist.destroy_process_group()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module, its gradients averaged over processes."""
+        return DistributedDataParallel(module, forward_sync_buffers=False) if self.world > 1 else module
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """The rows of a batch [R, ...] that this process computes."""
+        return rows[self.rank :: self.world]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any process."""
+        return flag if self.world == 1 else self.sum(torch.tensor(int(flag), device=self.device)).item() > 0
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+
+class Interrupt:
+    """While open, the first SIGINT or SIGTERM only sets `asked`; the second does what it would have done before.
+
+    Signals reach the main thread alone: in another one this does nothing.
+    """
+
+    def __enter__(self) -> Interrupt:
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _ask(self, number: int, frame) -> None:
+        if self.asked:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.asked = True
+        # Straight to the descriptor: print and logging may be what was interrupted.
+        os.write(2, b"interrupted: finishing the step, then saving (once more quits at once)\n")

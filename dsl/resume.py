@@ -1,0 +1,126 @@
+"""Where a run goes on: the checkpoint to start from, what may have changed since, and the random numbers.
+
+Knows folders and settings; nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsl import checkpoint, optim
+from dsl.checkpoint import CheckpointError
+from dsl.settings import Run
+
+logger = logging.getLogger(__name__)
+# Settings of a model that may change on the way: they are of its training, not of its function.
+TRAINING_ONLY = {"capacity_factor", "bias_update_speed", "aux_loss_coef", "aux_loss_scope", "router_z_loss_coef"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run goes on from and its trainer.json; a new run has neither.
+
+    `back`: it is older than the newest step was, so rows that the tables lose will not come again as they were.
+    """
+
+    path: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    back: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.state.get("step", 0)
+
+
+def find_start(run: Run) -> Start:
+    """The newest good checkpoint of the run; the log names what it skipped and what has changed since.
+
+    Raises CheckpointError where the checkpoint is of another model or tokenizer, naming the fields.
+    """
+    path, skipped = checkpoint.newest(run.run_dir)
+    for folder, problem in skipped:
+        logger.warning("skipped %s: %s", folder, problem)
+    if path is None:
+        return Start()
+    start = Start(path, checkpoint.read_trainer(path))
+    before = Run.from_dict(start.state["settings"])
+    old = before.model.to_dict() | {"tokenizer": before.data.tokenizer} | before.train.model_dump()
+    new = run.model.to_dict() | {"tokenizer": run.data.tokenizer} | run.train.model_dump()
+    changed = {name: f"{old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]}
+    fixed = [name for name in changed if name not in TRAINING_ONLY and name not in type(run.train).model_fields]
+    if fixed:
+        what = ", ".join(f"{name} {changed[name]}" for name in fixed)
+        raise CheckpointError(f"{path} is of another model ({what}): take another run_name, or the old settings")
+    if changed:
+        logger.info("changed since the checkpoint: %s", ", ".join(f"{n} {v}" for n, v in changed.items()))
+    if before.train.max_steps < run.train.max_steps:
+        start = _lengthened(run, before, start)
+    logger.info("loading %s", Path(*start.path.parts[-3:]))
+    return start
+
+
+def _lengthened(run: Run, before: Run, start: Start) -> Start:
+    """wsd goes back to before its decay, where the weights can still learn; the others go on on the new curve."""
+    kind, decay = run.train.lr_scheduler_type, optim.decay_start(before.train)
+    good = []
+    if kind == "wsd" and decay is not None and start.step > decay:
+        good = [step for step in checkpoint.steps(run.run_dir) if step <= decay]
+        good = [step for step in good if not checkpoint.verify(checkpoint.step_dir(run.run_dir, step))]
+    if not good:
+        rate = optim.learning_rate(run.train, start.step)
+        logger.info("max_steps is longer: on from step %d on the new %s curve, at lr %.2e", start.step, kind, rate)
+        return start
+    # Newest first: a crash between two of these leaves what the next attempt needs to come to the same end.
+    for step in sorted(checkpoint.steps(run.run_dir), reverse=True):
+        if step > good[-1]:
+            logger.info("set aside as %s", checkpoint.set_aside(run.run_dir, step))
+    path = checkpoint.step_dir(run.run_dir, good[-1])
+    logger.info("max_steps is longer: back to step %d, the last before the learning rate fell", good[-1])
+    return Start(path, checkpoint.read_trainer(path), back=True)
+
+
+@contextmanager
+def threads(start: Start, device: torch.device) -> Iterator[None]:
+    """As many threads as the run began with, since sums on a CPU depend on it."""
+    before = torch.get_num_threads()
+    count = start.state.get("threads", before) if device.type == "cpu" else before
+    if count != before:
+        logger.info("computing with %d threads, as this run began, instead of %d", count, before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The random numbers to come, of Python and torch, as plain JSON values."""
+    cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+    return {"python": random.getstate(), "torch": _text(torch.get_rng_state()), "cuda": [*map(_text, cuda)]}
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Goes back to saved random numbers; those of devices that are not here are left out."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(_tensor(state["torch"]))
+    if device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([*map(_tensor, state["cuda"])])
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode()
+
+
+def _tensor(text: str) -> Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,316 @@
+"""The loop: what happens at each step of a run, so that one stopped anywhere goes on as if it had not been.
+
+A step is an optimizer step. A batch whose loss or gradient is not finite makes no step: it is counted and left
+behind, and neither weights nor moments, schedule nor router bias move. This file knows the order of things; what they
+are is elsewhere.
+
+Shape letters: R rows of a step, T time.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from dsl import checkpoint, evaluation, optim, resume, runlog
+from dsl.card import model_card
+from dsl.data import StreamError, TokenStream, held_out_rows, open_corpus, open_tokenizer
+from dsl.generation import complete
+from dsl.gradients import Objective, accumulate
+from dsl.hub import DslConfig, DslForCausalLM
+from dsl.interval import Interval
+from dsl.processes import Interrupt, Processes
+from dsl.settings import Run
+
+logger = logging.getLogger(__name__)
+LEAST_SCALE = 1.0  # of fp16 gradients: where these still overflow, no scale will help
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a call of `train` ended.
+
+    `status`: finished (max_steps reached), stopped (stop_at_step), interrupted (a signal), complete (nothing to do).
+    `loss` is in nats, the mean over the last logged interval; it and `bits_per_byte` are None if never measured.
+    """
+
+    status: str
+    step: int
+    loss: float | None
+    bits_per_byte: float | None
+    tokens: int
+    skipped_steps: int
+    run_dir: Path
+    log_dir: Path
+
+
+class Trainer:
+    """One run in memory: model, optimizer, data, and where it stands; `start` is the checkpoint it goes on from."""
+
+    def __init__(self, run: Run, log: runlog.RunLog, precision, processes: Processes, start: resume.Start):
+        self.run, self.log, self.precision, self.processes = run, log, precision, processes
+        self.corpus, window, new = open_corpus(run.data), run.model.max_position_embeddings, start.path is None
+        self.tokenizer = open_tokenizer(run.data, self.corpus) if new else AutoTokenizer.from_pretrained(start.path)
+        if len(self.tokenizer) > run.model.vocab_size:
+            rule = f"vocab_size must be at least {len(self.tokenizer)}, the entries of the tokenizer"
+            raise ValueError(f"{rule}, got {run.model.vocab_size}")
+        self.stream = TokenStream(self.corpus, self.tokenizer, data=run.data, seed=run.train.seed, length=window)
+        self.held_out = held_out_rows(self.corpus, self.tokenizer, window)
+        torch.manual_seed(run.train.seed)
+        random.seed(run.train.seed)
+        ids = {name: getattr(self.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+        config = DslConfig(**run.model.to_dict(), **ids)
+        self.shell = DslForCausalLM(config) if new else DslForCausalLM.from_pretrained(start.path, config=config)
+        self.model = self.shell.to(precision.device).train().model
+        self.optimizer = optim.Optimizer(self.model, run.train)
+        self.objective = processes.wrap(Objective(self.model))
+        self.step = self.tokens = self.skipped = self.bad = 0
+        self.loss = self.bits_per_byte = self.measured_at = None
+        self.interval = Interval(run.model)
+        self.prompts = list(enumerate((*run.train.prompts, *self.corpus.prompts), run.train.seed))  # with their seeds
+        if not new:
+            self._restore(start)
+        self.saved, self.began, self.saving = self.step, (self.step, time.perf_counter()), 0.0
+
+    def _restore(self, start: resume.Start) -> None:
+        state, device = start.state, self.precision.device
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.data.clone()  # aligned: the last bit of a sum depends on where its numbers lie
+        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped_steps"]
+        self.bad, self.loss, self.bits_per_byte = state["bad_steps"], state["loss"], state["last_bits_per_byte"]
+        self.interval.load_state_dict(state["interval"], device)
+        self.optimizer.load_state_dict(checkpoint.read_optimizer(start.path))
+        if problem := self.precision.load_scaler(state["scaler"]):
+            logger.warning(problem)
+        self.stream.load_state_dict(state["data"])
+        resume.set_random_state(state["rng"], device)
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless it has one."""
+        if self.step == self.saved or not self.processes.first:
+            return
+        broken = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        if broken:
+            raise TrainingError(f"not saved: {broken[0]} is not finite at step {self.step}. {self._last_good()}")
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "epoch": self.stream.epoch,
+            "skipped_steps": self.skipped,
+            "bad_steps": self.bad,
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte if self.measured_at == self.step else None,  # ranks the steps
+            "last_bits_per_byte": self.bits_per_byte,
+            "interval": self.interval.state_dict(),
+            "data": self.stream.state_dict(),
+            "rng": resume.random_state(self.precision.device),
+            "scaler": self.precision.scaler.state_dict(),
+            "threads": torch.get_num_threads(),
+            "settings": self.run.to_dict(),
+        }
+        began = time.perf_counter()
+        self.log.sync()
+        path = checkpoint.save(
+            self.run.run_dir,
+            self.step,
+            model=self.shell,
+            tokenizer=self.tokenizer,
+            trainer=state,
+            optimizer=self.optimizer.state_dict(),
+            card=model_card(self.run, state, sum(p.numel() for p in self.model.parameters())),
+            keep=self.run.train.save_total_limit,
+            until=optim.decay_start(self.run.train),
+        )
+        self.saved, self.saving = self.step, self.saving + time.perf_counter() - began
+        logger.info("saved %s", Path(*path.parts[-3:]))
+
+    def take_step(self) -> bool:
+        """One batch; whether it made a step."""
+        train, scaler, began = self.run.train, self.precision.scaler, time.perf_counter()
+        self.rate = optim.learning_rate(train, self.step)
+        self.optimizer.set_lr(self.rate)
+        rows = train.per_device_train_batch_size
+        try:
+            batch = self.stream.next(rows * train.gradient_accumulation_steps)
+        except StreamError:
+            self.save()
+            raise
+        try:
+            total = accumulate(self.objective, batch[:, :-1], batch[:, 1:], rows, self.precision, self.processes)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(self._out_of_memory(error)) from None
+        scaler.unscale_(self.optimizer)
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)
+        good = bool((self.norm + total[0]).isfinite())
+        if good:
+            scaler.step(self.optimizer)
+            self.model.update_router_biases(self.interval.counts(total))
+            self.interval.add(total)
+        if scaler.is_enabled():
+            scaler.update()
+            if scaler.get_scale() < LEAST_SCALE:
+                scaler.update(LEAST_SCALE)
+        self.optimizer.zero_grad()
+        self.step, self.bad, self.skipped = self.step + good, 0 if good else self.bad + 1, self.skipped + (not good)
+        self.tokens += batch[:, 1:].numel()
+        self.interval.spend(time.perf_counter() - began, batch[:, 1:].numel())
+        if not good:
+            self._left_behind(total[0].item())
+        return good
+
+    def _left_behind(self, loss: float) -> None:
+        what = f"loss {loss:.4g}, gradient norm {self.norm.item():.4g}, lr {self.rate:.3g}"
+        what += f", scale {self.precision.scaler.get_scale():g}"
+        logger.warning("a batch after step %d is left out, not finite: %s", self.step, what)
+        if self.bad >= self.run.train.max_bad_steps:
+            raise TrainingError(
+                f"{self.bad} batches in a row are not finite after step {self.step}: {what}. {self._last_good()} "
+                "Try a lower learning_rate, a longer warm-up, or precision=fp32."
+            )
+
+    def _last_good(self) -> str:
+        path = checkpoint.newest(self.run.run_dir)[0]
+        return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        train, device = self.run.train, self.precision.device
+        rows, advice = train.per_device_train_batch_size, "a shorter max_position_embeddings or a smaller model"
+        whole = rows * train.gradient_accumulation_steps
+        for smaller in (n for n in range(1, rows) if whole % n == 0):
+            advice = f"per_device_train_batch_size={smaller} gradient_accumulation_steps={whole // smaller}"
+            advice += f", the same {whole} rows a step"
+        reason = str(error).partition("\n")[0]
+        return f"{device} is out of memory with {rows} rows at a time: try {advice}. {reason}"
+
+    def events(self, on_log: Callable[[dict[str, Any]], None] | None) -> None:
+        """What is due after a step: measure, log, sample, save; in this order, so that a checkpoint has its rows."""
+        if not self.processes.first:
+            return
+        train, step = self.run.train, self.step
+        last, measured = step == train.max_steps, None
+        if last or step % train.eval_steps == 0:
+            # In fp32 whatever trains: comparable, and it cannot overflow.
+            measured = self.bits_per_byte = evaluation.bits_per_byte(self.model, *self.held_out)
+            self.measured_at = step
+        if measured is not None or step % train.logging_steps == 0:
+            row = self._row(measured)
+            self.log.row(row)
+            if on_log is not None:
+                on_log(row)
+        if last or step % train.sample_steps == 0:
+            self._sample()
+        if last or step % train.save_steps == 0 or step == optim.decay_start(train):
+            self.save()
+
+    def _row(self, measured: float | None) -> dict[str, Any]:
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "epoch": self.stream.epoch,
+            "held_out_bits_per_byte": measured,
+            "lr": self.rate,
+            "grad_norm": self.norm.item(),
+            "scale": self.precision.scaler.get_scale(),
+            "skipped_steps": self.skipped,
+            **self.interval.close(),
+        }
+        self.loss, (first, then) = row["loss"], self.began
+        row["seconds_left"] = (self._end() - self.step) * (time.perf_counter() - then) / (self.step - first)
+        logger.info(runlog.progress(row, self.run.train.max_steps))
+        return row
+
+    def _end(self) -> int:
+        return min(self.run.train.max_steps, self.run.train.stop_at_step or self.run.train.max_steps)
+
+    def _sample(self) -> None:
+        """Continue the prompts; seeded on its own, so that training does not notice."""
+        train, shown = self.run.train, ""
+        self.shell.eval()
+        for seed, prompt in [*self.prompts]:
+            try:
+                sampling = {"max_new_tokens": train.sample_tokens, "temperature": 0.8, "top_p": 0.9}
+                text = complete(self.shell, self.tokenizer, prompt, seed=seed, **sampling)
+            except ValueError as problem:  # a prompt that is longer than the window
+                logger.warning("no text for %r: %s", prompt, problem)
+                self.prompts.remove((seed, prompt))
+                continue
+            self.log.generation(self.step, prompt, text)
+            shown = prompt + text
+        self.shell.train()
+        logger.info("step %d writes: %s", self.step, " ".join(shown.split())[:160])
+
+    def loop(self, on_log: Callable[[dict[str, Any]], None] | None) -> str:
+        """Steps until the end, stop_at_step or a signal; saves; the status for the summary."""
+        end = self._end()
+        with Interrupt() as interrupt:
+            while self.step < end and not self.processes.any(interrupt.asked):
+                if self.take_step():
+                    self.events(on_log)
+            self.save()
+        share = self.saving / (time.perf_counter() - self.began[1])
+        logger.info("checkpoints took %.1f s, %.1f%% of the time", self.saving, 100 * share)
+        return "finished" if self.step == self.run.train.max_steps else "stopped" if self.step >= end else "interrupted"
+
+
+def train(run: Run, *, on_log: Callable[[dict[str, Any]], None] | None = None, progress: bool = True) -> Summary:
+    """Train a run from its newest good checkpoint, or from the beginning, to max_steps or stop_at_step.
+
+    `on_log` is given each row of metrics.csv, with seconds_left; without it, a notebook shows the progress lines that
+    the terminal shows.
+    Raises ValueError (settings), CheckpointError, TrainingError, DiskFullError or the corpus's errors, each with one
+    message that says what to do; the last good checkpoint stays.
+    """
+    with Processes() as processes:
+        if run.train.per_device_train_batch_size < processes.world:
+            rule = f"be at least the number of processes, {processes.world}, which share its rows"
+            raise ValueError(f"per_device_train_batch_size must {rule}, got {run.train.per_device_train_batch_size}")
+        watch = progress and processes.first
+        live = (runlog.in_notebook() and on_log is None) if watch else None
+        lock = checkpoint.Lock(run.run_dir) if processes.first else nullcontext()
+        with lock, runlog.RunLog(run.log_dir if processes.first else None, live) as log:
+            precision = optim.precision(run.train.precision, processes.device, run.train.init_scale)
+            logger.info("precision: %s", precision.reason)
+            start = processes.agree(resume.find_start(run) if processes.first else None)
+            if start.step >= min(run.train.max_steps, run.train.stop_at_step or run.train.max_steps):
+                return _nothing_to_do(run, start)
+            with resume.threads(start, precision.device):
+                trainer = Trainer(run, log, precision, processes, start)
+                log.open_tables(sorted(run.model.moe_layers), start.step, archive=start.back)
+                record = {"corpus": trainer.corpus.fingerprint, "precision": precision.reason}
+                log.hparams(run.to_dict(), runlog.environment() | record | {"threads": torch.get_num_threads()})
+                _describe(run)
+                with closing(trainer.stream):
+                    status = trainer.loop(on_log)
+            figures = (trainer.step, trainer.loss, trainer.bits_per_byte, trainer.tokens, trainer.skipped)
+            return Summary(status, *figures, run.run_dir, run.log_dir)
+
+
+def _describe(run: Run) -> None:
+    rows, turns = run.train.per_device_train_batch_size, run.train.gradient_accumulation_steps
+    cost = evaluation.cost(run.model, rows=rows, optimizer=run.train.optimizer)
+    tokens = rows * turns * run.model.max_position_embeddings
+    logger.info("%s: %s; %s tokens a step, %d steps", run.name, cost, f"{tokens:,}", run.train.max_steps)
+
+
+def _nothing_to_do(run: Run, start: resume.Start) -> Summary:
+    state, last, stop = start.state, run.train.max_steps, run.train.stop_at_step
+    done = start.step >= last
+    what = f"is complete: step {start.step} of {last}" if done else f"stands at step {start.step} of {last}"
+    how = f"max_steps={2 * start.step}" if done else f"a later stop_at_step than {stop}, or none"
+    logger.info("%s %s. Nothing to train; to go on, set %s; to begin anew, another run_name.", run.name, what, how)
+    figures = (state[name] for name in ("step", "loss", "last_bits_per_byte", "tokens", "skipped_steps"))
+    return Summary("complete" if done else "stopped", *figures, run.run_dir, run.log_dir)

@@ -1,0 +1,130 @@
+"""Tables in README.md and docs/ that are computed: `make docs` writes them, and a test says where one is stale.
+
+A page holds `<!-- table: NAME -->`, the table, `<!-- end -->`; NAME is a function of TABLES.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from dsl import evaluation, settings
+from dsl.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "SCALE.md"]
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def markdown(head: str, rows: Iterable[Iterable[object]]) -> str:
+    columns = head.split(" | ")
+    lines = [columns, ["---"] * len(columns), *([str(cell) for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def notebooks() -> str:
+    """One row a notebook that is there, from notebooks/notebooks.yaml."""
+    said = yaml.safe_load((ROOT / "notebooks" / "notebooks.yaml").read_text(encoding="utf-8"))
+    names = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    fields = ("question", "minutes", "reads", "writes", "needs")
+    rows = ([f"[{name}](notebooks/{name}.ipynb)", *(said[name][field] for field in fields)] for name in names)
+    return markdown("notebook | its question | minutes | reads | writes | needs before", rows)
+
+
+def presets() -> str:
+    """One row a preset: what it is and its size."""
+    rows = []
+    for name, values in yaml.safe_load((ROOT / "dsl" / "presets.yaml").read_text(encoding="utf-8")).items():
+        run = settings.preset(name)
+        cost = evaluation.cost(run.model)
+        size = f"{cost.parameters / 1e6:.1f} M ({cost.active_parameters / 1e6:.1f} M)"
+        rows.append([f"`{name}`", values["about"], size, run.model.max_position_embeddings, f"`{run.data.corpus}`"])
+    return markdown("preset | what it is | parameters (active) | window | corpus", rows)
+
+
+# ---------------------------------------------------------------- scale
+
+SMALL = settings.preset("linear_moe").model
+LARGE = replace(  # 100 times the parameters
+    SMALL,
+    hidden_size=2048,
+    head_dim=128,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    num_hidden_layers=24,
+    layer_types=("linear_attention",),
+    moe_layers="all",
+    num_experts=64,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1408,
+)
+ROWS = 8  # sequences of a micro-batch on a device
+
+
+@dataclass(frozen=True)
+class Engine:
+    name: str
+    devices: int
+    kind: str  # one, ddp, fsdp, ep
+
+
+ENGINES = [
+    Engine("one process", 1, "one"),
+    Engine("DDP", 8, "ddp"),
+    Engine("FSDP2", 8, "fsdp"),
+    Engine("FSDP2", 64, "fsdp"),
+    Engine("FSDP2 and expert parallelism", 8, "ep"),
+]
+
+
+def per_device(config: ModelConfig, engine: Engine) -> tuple[float, float]:
+    """(bytes of memory, bytes sent in a training step of one micro-batch) of a device, everything in fp32.
+
+    Rings: an all-reduce sends 2 (n - 1)/n of its tensor, a gather or a scatter (n - 1)/n. FSDP2 gathers weights for
+    the forward and again for the backward pass, and scatters gradients; one block of them is whole at a time. Expert
+    parallelism keeps experts where they are and sends tokens to them and back, in both passes.
+    """
+    cost, n, c = evaluation.cost(config, rows=ROWS), engine.devices, config
+    experts = 4 * len(c.moe_layers) * c.num_experts * 3 * c.hidden_size * c.moe_intermediate_size
+    resident = 2 * cost.weight_bytes + cost.optimizer_bytes
+    part = (n - 1) / n
+    if engine.kind in ("one", "ddp"):
+        return resident + cost.activation_bytes, 2 * part * cost.weight_bytes
+    gathered = cost.weight_bytes if engine.kind == "fsdp" else cost.weight_bytes - experts
+    whole = 2 * gathered / c.num_hidden_layers
+    sent = 3 * part * gathered
+    if engine.kind == "ep":
+        tokens = ROWS * c.max_position_embeddings * c.num_experts_per_tok * c.hidden_size * 4
+        sent += 4 * part * tokens * len(c.moe_layers)
+    return resident / n + whole + cost.activation_bytes, sent
+
+
+def scale() -> str:
+    rows = []
+    for name, config in {"`linear_moe`": SMALL, "100 times larger": LARGE}.items():
+        size = f"{name}, {evaluation.cost(config).parameters / 1e9:.2f} billion"
+        for engine in ENGINES:
+            memory, sent = per_device(config, engine)
+            rows.append([size, engine.name, engine.devices, f"{memory / 2**30:,.1f}", f"{sent / 2**30:,.2f}"])
+    return markdown("model | engine | devices | GiB a device | GiB sent a step and device", rows)
+
+
+TABLES = {"notebooks": notebooks, "presets": presets, "scale": scale}
+
+
+def renewed(text: str) -> str:
+    """The page with its tables as they are today."""
+    return BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if renewed(text) != text:
+            page.write_text(renewed(text), encoding="utf-8")
+            print(f"renewed {page.name}", file=sys.stderr)

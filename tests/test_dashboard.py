@@ -1,0 +1,94 @@
+"""What a reader sees of a run before it starts and while it trains: a forecast in words, a panel that follows."""
+
+import re
+
+import pytest
+from runs import cache, home, make, table, train  # noqa: F401
+
+from dsl import report, widgets
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """The panels that a notebook would show."""
+    shown = []
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    return shown
+
+
+def test_without_a_frontend_there_is_no_panel_and_the_lines_are_printed(monkeypatch):
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
+        monkeypatch.delenv(name, raising=False)
+    assert widgets.dashboard(make()) is None
+
+
+def test_the_panel_follows_a_run_and_one_that_goes_on(panels):
+    pages, follow = [], widgets.dashboard(make())
+    (panel,) = panels
+    panel.observe(lambda change: pages.append(change["new"]), "value")
+    train(on_log=follow, stop_at_step=8)
+    assert len(pages) == len(table(make())) == 3
+    assert "step 4/12  loss" in pages[0] and "step 8/12" in pages[-1]
+    assert [page.count("<polyline") for page in pages] == [2, 3, 3], "held-out bits are there once they are measured"
+    loss = float(table(make())[-1]["loss"])
+    assert f"loss, nats per token: {loss:.4g}" in pages[-1] and "held-out, bits per byte: 5." in pages[-1]
+    shares = re.findall(r"(\d+)%</td>", re.search(r"<tr><th>layer 1</th>.*?</tr>", pages[-1])[0])
+    assert len(shares) == 4 and abs(sum(map(int, shares)) - 100) <= 2
+    assert "step 6 writes" in pages[-1] and "step 6 writes" not in pages[0] and "An unusual" in pages[-1]
+
+    again = widgets.dashboard(make())
+    assert "step 8/12" in panels[1].value, "what the files hold is shown at once"
+    train(on_log=again)
+    points = re.search(r"points='([^']*)'", panels[1].value)[1].split()
+    assert "step 12/12" in panels[1].value and len(points) == len(table(make())) == 4
+
+
+def test_a_page_does_not_grow_with_the_run():
+    """What an update costs is bounded: a thousand rows and a hundred thousand draw as many points."""
+    sizes = []
+    for count in (1_000, 100_000):
+        row = {"loss": 3.0, "lr": 1e-3, "tokens_per_second": 9.0, "load_1": "0.5;0.5", "held_out_bits_per_byte": None}
+        page = widgets._page([{**row, "step": step, "loss": 3 + 1 / step} for step in range(1, count)], make())
+        sizes.append(page.count(","))
+    assert max(sizes) < 2 * widgets.POINTS + 20, "two curves and little else"
+
+
+def test_texts_are_shown_as_text(panels):
+    train(max_steps=6)
+    path = make().log_dir / "generations.csv"
+    path.write_text("step,prompt,text\n6,The,<script>alert(1)</script>\n")
+    widgets.dashboard(make())
+    assert "&lt;script&gt;" in panels[0].value and "<script>" not in panels[0].value
+
+
+# ---------------------------------------------------------------- before the start
+
+
+def test_a_forecast_counts_memory_work_and_time(monkeypatch):
+    run = make(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    told = report.forecast(run)
+    assert told["work"].startswith("0 MFLOPs a token, 192 tokens a step, ") and told["work"].endswith(" in 12 steps")
+    assert re.fullmatch(r"holds it with up to [\d,]{6,} rows at a time", told["a GPU of 12 GB"])
+    assert re.fullmatch(r"00:00:\d\d at 0\.\d\d s a step, measured on 2 rows", told["time"])
+    assert "2 rows at a time" in told["memory"] and "active for a token" in told["model"]
+    monkeypatch.setattr(report, "SMALL_GPU", 1e5)
+    assert report.forecast(run)["a GPU of 12 GB"] == "does not hold it"
+
+
+def test_a_run_that_goes_on_is_forecast_from_its_own_log(monkeypatch):
+    train(stop_at_step=8)
+    monkeypatch.setattr(report, "LanguageModel", lambda config: pytest.fail("measured anew"))
+    told = report.forecast(make(max_steps=20))
+    assert told["work"].endswith(" in 12 steps") and told["time"].endswith("s a step, as the run's log says")
+
+
+def test_a_forecast_leaves_random_numbers_alone():
+    import torch
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    report.forecast(make())
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,232 @@
+"""Bits per byte, routing load, recall tasks and cost, against arithmetic done here and against the real modules."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsl import evaluation
+from dsl.config import ModelConfig
+from dsl.model import LanguageModel
+
+SMALL = ModelConfig(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_experts=4, num_hidden_layers=3, moe_layers=(1, 2)
+)
+FULL, PATTERN = ("full_attention",), ("linear_attention", "linear_attention", "full_attention")
+KINDS = {
+    "elu": {},
+    "taylor": {"feature_map": "taylor", "normalize": False},
+    "delta": {"linear_attention_kind": "delta"},
+    "softmax": {"layer_types": FULL},
+    "latent": {"layer_types": FULL, "full_attention_kind": "latent", "q_lora_rank": 24},
+    "mixed": {"layer_types": PATTERN, "num_shared_experts": 1, "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(params=KINDS)
+def config(request):
+    return dataclasses.replace(SMALL, **KINDS[request.param])
+
+
+@pytest.fixture
+def seed():
+    value = torch.randint(2**31, ()).item()
+    print("seed", value)
+    torch.manual_seed(value)
+    return value
+
+
+# ---------------------------------------------------------------- on held-out text
+
+
+def test_bits_per_byte_is_the_summed_loss_over_bytes(seed):
+    model = LanguageModel(SMALL).double().train()
+    rows = torch.randint(97, (7, 34))
+    rows[-1, 20:] = evaluation.IGNORE
+    found = evaluation.bits_per_byte(model, rows, 1000, batch=3)
+    with torch.no_grad():
+        logits = model.eval().logits(model(rows[:, :-1].clamp(min=0))[0]).log_softmax(-1)
+    scored = rows[:, 1:] != evaluation.IGNORE
+    nats = -logits.gather(-1, rows[:, 1:, None].clamp(min=0))[..., 0][scored].sum()
+    assert found == pytest.approx(nats.item() / math.log(2) / 1000, rel=1e-9)
+
+
+def test_measuring_leaves_the_mode_and_the_random_numbers_alone(seed):
+    model = LanguageModel(SMALL).train()
+    before = torch.get_rng_state()
+    evaluation.bits_per_byte(model, torch.randint(97, (2, 9), generator=torch.Generator()), 10)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_load_of_known_counts():
+    found = evaluation.load(torch.tensor([[4.0, 4, 4, 4], [8, 0, 8, 0], [0, 0, 0, 0]]))
+    assert found.maxvio.tolist() == [0, 1, -1]
+    assert found.dead.tolist() == [0, 2, 4]
+    assert found.share[1].tolist() == [0.5, 0, 0.5, 0]
+
+
+def test_routing_load_counts_every_choice_of_every_token(seed):
+    model, rows = LanguageModel(SMALL), torch.randint(97, (5, 16))
+    found = evaluation.routing_load(model, rows, batch=2)
+    chosen = [stats.experts.flatten() for stats in model.eval()(rows)[2]]
+    counts = torch.stack([torch.bincount(experts, minlength=4) for experts in chosen]).double()
+    assert torch.allclose(found.share, counts / (5 * 16 * 2), atol=1e-12)
+    assert (found.entropy > 0).all() and (found.entropy <= math.log(4) + 1e-6).all()
+
+
+# ---------------------------------------------------------------- recall tasks
+
+
+def test_mqar_asks_for_each_key_once_and_labels_its_value(seed):
+    tokens, labels = evaluation.mqar(50, 64, 8, 512, torch.Generator().manual_seed(seed))
+    assert tokens.shape == labels.shape == (50, 64)
+    for row, label in zip(tokens.tolist(), labels.tolist(), strict=True):
+        values = dict(zip(row[:16:2], row[1:16:2], strict=True))
+        assert len(values) == 8 and all(1 <= k < 256 <= v < 512 for k, v in values.items())
+        places = [t for t, v in enumerate(label) if v != evaluation.IGNORE]
+        assert all(t >= 16 and t % 2 == 0 and label[t] == values[row[t]] for t in places)
+        assert sorted(row[t] for t in places) == sorted(values)
+
+
+def test_mqar_gaps_follow_the_power_law(seed):
+    _, labels = evaluation.mqar(4000, 64, 1, 64, torch.Generator().manual_seed(seed))
+    gap = (labels != evaluation.IGNORE).int().argmax(1).sub(2).div(2, rounding_mode="floor") + 1
+    law = torch.arange(1, 32).double() ** -0.99
+    for g in (1, 2, 10):
+        share = (law[g - 1] / law.sum()).item()
+        assert (gap == g).double().mean().item() == pytest.approx(share, abs=5 * (share / 4000) ** 0.5)
+
+
+def test_mqar_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"pairs must fit .* length=64 .* got 17"):
+        evaluation.mqar(1, 64, 17, 512, torch.Generator())
+
+
+def test_associative_recall_setting_1_is_a_permutation(seed):
+    keys, values, answers = evaluation.associative_recall(9, 20, torch.Generator().manual_seed(seed))
+    assert torch.equal(keys.sort().values, torch.arange(20).expand(9, 20))
+    assert torch.equal(values.sort().values, torch.arange(20).expand(9, 20))
+    assert torch.equal(answers.gather(1, keys), values)
+
+
+def test_associative_recall_setting_2_keeps_the_last_value(seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values, answers = evaluation.associative_recall(9, 20, generator, replacement=True)
+    assert keys.shape == (9, 40)
+    for k, v, answer in zip(keys.tolist(), values.tolist(), answers.tolist(), strict=True):
+        last = dict(zip(k, v, strict=True))
+        assert answer == [last.get(key, -1) for key in range(20)]
+    assert evaluation.associative_recall(2, 20, generator, replacement=True, pairs=20)[0].shape == (2, 20)
+    with pytest.raises(ValueError, match=r"keys=20 without replacement, got 21"):
+        evaluation.associative_recall(1, 20, generator, pairs=21)
+
+
+def test_induction_scores_only_what_the_first_half_tells(seed):
+    tokens, labels = evaluation.induction(3, 64, 128, torch.Generator().manual_seed(seed))
+    assert torch.equal(tokens[:, :32], tokens[:, 32:])
+    assert (labels[:, :32] == evaluation.IGNORE).all() and (labels[:, -1] == evaluation.IGNORE).all()
+    assert torch.equal(labels[:, 32:-1], tokens[:, 33:])
+
+
+def test_tasks_come_from_their_generator_alone():
+    before = torch.get_rng_state()
+    one, two = (evaluation.mqar(2, 32, 4, 64, torch.Generator().manual_seed(7))[0] for _ in range(2))
+    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_parameters_are_those_of_the_real_modules(config):
+    model, found = LanguageModel(config), evaluation.cost(config)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    unused = sum(p.numel() for b in model.moe_blocks for p in b.experts.parameters()) * 2 // 4
+    assert found.active_parameters == found.parameters - unused
+    assert found.weight_bytes == 4 * found.parameters and found.optimizer_bytes == 8 * found.parameters
+
+
+def test_state_bytes_are_those_of_the_real_states(config):
+    model, found = LanguageModel(config).eval(), evaluation.cost(config)
+    for context in (1, 5, 70):
+        state = model(torch.zeros(1, context, dtype=torch.int64))[1]
+        assert found.state_bytes(context) == sum(s.num_bytes for s in state)
+
+
+def test_forward_flops_are_those_that_torch_counts(config):
+    """In fp64, where experts are a loop of products that torch's counter sees, and softmax as plain products."""
+    model = LanguageModel(config).double().eval()
+    tokens = torch.randint(97, (1, 128))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(model(tokens)[0])
+    solves = config.num_hidden_layers * 2 * 32 * 32 if config.linear_attention_kind == "delta" else 0  # not seen
+    found = evaluation.cost(config, 128).forward_flops
+    assert found == pytest.approx(counter.get_total_flops() / 128 + solves, rel=0.005)
+
+
+def test_activations_are_within_a_third_of_what_autograd_keeps(config):
+    config = dataclasses.replace(config, feature_map="elu")
+    model, kept = LanguageModel(config), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    tokens = torch.randint(97, (2, 128))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.loss(model(tokens)[0], tokens)
+    measured = sum(size for address, (size, _) in kept.items() if address not in own)
+    assert evaluation.cost(config, 128, rows=2).activation_bytes == pytest.approx(measured, rel=0.34)
+
+
+def test_cost_of_deepseek_v3_cache_is_the_published_one():
+    """70.272 KB a token for 61 layers in 16 bits (2505.09343, table 1); here states are counted in 32."""
+    config = ModelConfig(
+        **{"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "moe_layers": ()},
+        **{"layer_types": FULL, "full_attention_kind": "latent", "kv_lora_rank": 512, "qk_rope_head_dim": 64},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8},
+    )
+    assert 61 * evaluation.cost(config).state_bytes_per_token == 2 * 70_272
+
+
+def test_flops_by_hand():
+    """One dense softmax layer: 2 per weight of its six matrices and of the head, 4 T D between tokens."""
+    config = ModelConfig(
+        **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "moe_layers": ()},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "layer_types": FULL},
+    )
+    found = evaluation.cost(config, 50)
+    weights = 4 * 32 * 32 + 3 * 32 * 64 + 100 * 32
+    assert found.forward_flops == 2 * weights + 4 * 50 * 32
+    assert found.training_flops == 6 * weights + 12 * 50 * 32
+    norms = 2 * 32 + 32 + 2 * 8
+    assert found.parameters == found.active_parameters == weights + norms
+
+
+def test_muon_keeps_one_moment_for_matrices():
+    config = ModelConfig(num_hidden_layers=1, hidden_size=48, intermediate_size=64, vocab_size=50)
+    model = LanguageModel(config)
+    matrices = sum(p.numel() for n, p in model.layers.named_parameters() if p.ndim > 1 and "conv" not in n)
+    both = [evaluation.cost(config, optimizer=name).optimizer_bytes for name in ("adamw", "muon")]
+    assert both[0] - both[1] == pytest.approx(4 * matrices, rel=0.03)
+
+
+def test_known_words_counts_long_words_without_regard_to_case():
+    known = ["The array holds values", "of any shape"]
+    assert evaluation.known_words(["An ARRAY of shape qwerty"], known) == pytest.approx(2 / 3)
+    assert evaluation.known_words(["of an x1"], known) == 1.0
+
+
+def test_copies_finds_every_span_that_stands_in_the_source():
+    seed = torch.seed() % 2**31
+    print(f"seed {seed}")
+    letters = torch.randint(97, 123, (3000,), generator=torch.Generator().manual_seed(seed))
+    source = "".join(map(chr, letters.tolist()))
+    start, length = seed % 2000, 50 + seed % 30
+    text = "-" * (seed % 37) + source[start : start + length] + "." * 20
+    assert evaluation.copies(text, source) == [source[s : s + 50] for s in range(start, start + length - 49)]
+    assert evaluation.copies(source[start : start + 49] + "!" + source[:30], source) == []

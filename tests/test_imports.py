@@ -1,0 +1,118 @@
+"""The arrows between the files of dsl point one way, and its doors open without loading what they do not need."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DSL = Path(__file__).resolve().parents[1] / "dsl"
+
+MODEL = ["config", "ops", "attention", "moe", "model"]
+RUN = [
+    *["schema", "settings", "pydocs", "tables", "corpora", "data", "checkpoint", "hub", "generation", "optim"],
+    *[
+        "evaluation",
+        "costs",
+        "recall",
+        "routing",
+        "runlog",
+        "processes",
+        "interval",
+        "gradients",
+        "resume",
+        "card",
+        "training",
+        "report",
+    ],
+]
+DOORS = [
+    "plots",
+    "expert_plots",
+    "curves",
+    "compare",
+    "lens",
+    "findings",
+    "study_plots",
+    "widgets",
+    "batching",
+    "engine",
+    "wire",
+    "answers",
+    "serving",
+    "web",
+    "playground",
+    "study",
+    "__main__",
+]
+ORDER = MODEL + RUN + DOORS  # a file imports only from those before it
+BESIDE = {  # read beside the rest, imported by nothing in dsl; what each may use
+    "reference": ["config", "attention", "model"],
+    "reference_moe": ["config", "moe", "model", "reference"],
+    "museum": ["config", "ops", "attention", "moe", "model", "evaluation", "routing", "reference", "reference_moe"],
+}
+FILES = sorted(p.stem for p in DSL.glob("*.py") if p.stem != "__init__")
+LINES = 340
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse((DSL / f"{name}.py").read_text(encoding="utf-8"))
+
+
+def imported(name: str) -> set[str]:
+    """Modules that a file imports, anywhere in it; those of dsl as `dsl.x`."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import, line {node.lineno}"
+            found |= {f"dsl.{a.name}" for a in node.names} if node.module == "dsl" else {node.module}
+    return found
+
+
+def own(name: str) -> set[str]:
+    return {module.split(".")[1] for module in imported(name) if module.startswith("dsl.")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_arrows_point_one_way(name):
+    known = ORDER[: ORDER.index(name)] if name in ORDER else BESIDE.get(name)
+    assert known is not None, f"dsl/{name}.py has no place in the order: give it one here"
+    assert own(name) <= set(known), f"dsl/{name}.py imports what comes after it: {sorted(own(name) - set(known))}"
+
+
+@pytest.mark.parametrize("name", [n for n in MODEL if n in FILES])
+def test_the_model_shelf_needs_only_torch(name):
+    packages = {module.partition(".")[0] for module in imported(name)}
+    assert packages - sys.stdlib_module_names <= {"torch", "dsl"}
+
+
+def test_only_the_doors_know_pictures_and_servers():
+    others = set().union(*(imported(n) for n in FILES if n in MODEL + RUN))
+    assert not {m.partition(".")[0] for m in others} & {"matplotlib", "ipywidgets", "fastapi", "uvicorn", "gradio"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_short_and_say_what_they_are(name):
+    lines = (DSL / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LINES, "which idea wants a file of its own?"
+    assert ast.get_docstring(tree(name)), "opens without saying what it is"
+
+
+@pytest.mark.parametrize("door", ["dsl", "dsl.config", "dsl.schema", "dsl.settings", "dsl.__main__"])
+def test_a_mistyped_setting_costs_no_torch(door):
+    code = f"import sys, {door}; print(*sorted({{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_an_arrow_that_turns_back_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "ops.py").write_text("def f():\n    from dsl import model\n    import dsl.hub\n    import torch.nn\n")
+    monkeypatch.setattr(sys.modules[__name__], "DSL", tmp_path)
+    assert own("ops") == {"model", "hub"}
+    assert not own("ops") <= set(MODEL[:1])

@@ -1,0 +1,132 @@
+"""Mutation tests: with each classic error patched in, the checks of the suite must see it; without, none may."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import seeded
+
+from dsl import moe, museum, routing
+from dsl.reference_moe import CHECKS, judge_drops, judge_gate, judge_update, layer
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    seeded()
+
+
+@pytest.mark.parametrize("name", museum.BUGS)
+def test_every_bug_is_caught(name):
+    check = CHECKS[museum.CAUGHT_BY[name]]
+    assert check() is None
+    with museum.bug(name):
+        assert check()
+    assert check() is None  # the shipped code is back
+
+
+@pytest.mark.parametrize("name", museum.BUGS)
+def test_what_the_bug_says_it_does(name):
+    """A switch that changes nothing would be caught by nobody; one that changes something else is the wrong exhibit."""
+    with museum.bug(name):
+        found = {check for check, run in CHECKS.items() if run()}
+    expected = {
+        "gate weights unused": {"output = weighted sum over k", "layer = one-token oracle", "router gets a gradient"},
+        "rotary not called": {"order matters"},
+        "padding counted": {"padding is free"},
+        "capacity used as k": {"output = weighted sum over k", "layer = one-token oracle"},
+        "k-major drops": {"no look ahead"},
+        "bias inside the gate": {"layer = one-token oracle", "bias only chooses"},
+    }
+    assert found >= expected[name] and museum.CAUGHT_BY[name] in found
+    assert not found & {"prefix = whole"}
+
+
+def test_without_padding_k_major_differs_from_time_order_only_in_who_is_dropped():
+    experts = moe.choose_experts(torch.rand(2, 16, 4), 2)[0]
+    time = moe.within_capacity(experts, 4, 8)
+    with museum.bug("k-major drops"):
+        assert moe.within_capacity(experts, 4, 8).sum() == time.sum()
+        assert moe.within_capacity(experts, 4, 16).all()
+
+
+def test_a_bug_is_put_back_after_an_error():
+    shipped = moe.choose_experts
+    with pytest.raises(RuntimeError), museum.bug("bias inside the gate"):
+        assert moe.choose_experts is not shipped
+        raise RuntimeError
+    assert moe.choose_experts is shipped
+    with pytest.raises(ValueError, match=r"bug must be one of .*padding counted.*, got 'typo'"), museum.bug("typo"):
+        pass
+    with museum.bug(None):
+        assert moe.choose_experts is shipped
+
+
+def test_capacity_used_as_k_looks_perfectly_balanced():
+    block, x = layer(), torch.randn(2, 9, 16)
+    with museum.bug("capacity used as k"):
+        counts = block(x)[1].counts
+    assert counts.tolist() == [18.0] * 4
+
+
+def test_nothing_in_the_package_imports_the_museum():
+    for file in Path(museum.__file__).parent.glob("*.py"):
+        imported = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert not any("museum" in ast.unparse(node) for node in imported), file.name
+
+
+# ---------------------------------------------------------------- the judges of notebook 02's exercises
+
+
+def gate(scores, bias, k, chosen_by=1.0, weighed_by=0.0):
+    experts = (scores + chosen_by * bias).topk(k, dim=-1).indices
+    weights = (scores + weighed_by * bias).gather(-1, experts)
+    return experts, weights / weights.sum(-1, keepdim=True)
+
+
+def test_the_judge_of_gates():
+    assert judge_gate(None) == "not answered yet"
+    assert judge_gate(gate) == "right"
+    assert "does not choose" in judge_gate(lambda s, b, k: gate(s, b, k, chosen_by=0))
+    assert "bias weighs" in judge_gate(lambda s, b, k: gate(s, b, k, weighed_by=1))
+    assert "over their sum" in judge_gate(lambda s, b, k: (gate(s, b, k)[0], torch.full((30, 2), 0.5)))
+
+
+def in_order(order):
+    def answer(experts, num_experts, capacity):
+        ranks = routing.priority(order, torch.rand(experts.shape)[None])
+        return routing.served(experts[None], num_experts, capacity, ranks)[0]
+
+    return answer
+
+
+def test_the_judge_of_drops():
+    assert judge_drops(None) == "not answered yet"
+    assert judge_drops(in_order("time order")) == "right"
+    assert "last token decides" in judge_drops(in_order("k-major"))
+    assert "more than its capacity" in judge_drops(lambda experts, E, capacity: experts >= 0)
+    assert "turns a token away" in judge_drops(lambda experts, E, capacity: experts < 0)
+
+
+def test_the_judge_of_updates():
+    def judge(answer):
+        return judge_update(answer, routing.balance_dynamics)
+
+    assert judge(None) == "not answered yet"
+    assert judge(moe.loss_free_update) == "right"
+    assert "drifts" in judge(lambda b, c, u: b + u * torch.sign(c.mean() - c))
+    assert "sign" in judge(lambda b, c, u: moe.loss_free_update(b, -c, u))
+    assert "after 100 steps" in judge(lambda b, c, u: b)
+
+
+def test_favourites_collapse_a_router_and_the_bias_wins_it_back():
+    block, x = layer(num_experts=8, std=0.1, router_score="sigmoid", bias_update_speed=0.05), torch.randn(4, 64, 16)
+    with museum.favourites(1.0):
+        start = block(x)[1].counts
+        assert start[:2].sum() == start.sum()
+        for _ in range(40):
+            block.update_bias(block(x)[1].counts)
+        counts = block(x)[1].counts
+    assert counts.min() > 0.2 * counts.mean() and counts.max() < 2.2 * counts.mean()

@@ -1,0 +1,141 @@
+"""The files of a run: what survives a kill, a resume, a changed header, and what is shown live."""
+
+import csv
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dsl import runlog
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(folder, steps, **options):
+    with runlog.RunLog(folder) as log:
+        log.open_tables([1], **options)
+        for step in steps:
+            log.row({"step": step, "loss": 2.5, "load_1": "0.5;0.5"})
+            log.generation(step, "A prompt, with\na break", 'said "so"\n')
+
+
+def test_columns_are_the_agreed_ones():
+    assert runlog.columns([3])[:5] == ("step", "tokens", "epoch", "loss", "held_out_bits_per_byte")
+    assert runlog.columns([3])[-5:] == ("load_3", "maxvio_3", "entropy_3", "dropped_3", "dead_3")
+    assert set(runlog.TIME_COLUMNS) < set(runlog.columns([]))
+
+
+def test_each_row_is_on_disk_at_once(tmp_path):
+    with runlog.RunLog(tmp_path) as log:
+        log.open_tables([1])
+        log.row({"step": 1, "loss": 0.1 + 0.2, "load_1": "0.25;0.75"})
+        log.generation(1, "p", "t")
+        (row,) = rows(tmp_path / "metrics.csv")
+        assert (row["step"], row["loss"], row["load_1"]) == ("1", "0.3", "0.25;0.75")
+        assert row["held_out_bits_per_byte"] == ""
+        assert rows(tmp_path / "generations.csv") == [{"step": "1", "prompt": "p", "text": "t"}]
+
+
+def test_resume_cuts_rows_beyond_the_checkpoint_and_torn_ones(tmp_path):
+    write(tmp_path, [100, 200, 300])
+    for name, torn in (("metrics.csv", "400,12"), ("generations.csv", '400,"A prompt, with\na br')):
+        with (tmp_path / name).open("a", encoding="utf-8") as file:
+            file.write(torn)
+    write(tmp_path, [300, 400], step=200)
+    for name in ("metrics.csv", "generations.csv"):
+        assert [row["step"] for row in rows(tmp_path / name)] == ["100", "200", "300", "400"]
+    assert rows(tmp_path / "generations.csv")[0]["text"] == 'said "so"\n'
+    assert not list(tmp_path.glob("*.old-*"))
+
+
+def test_archive_keeps_the_rows_that_are_cut(tmp_path):
+    write(tmp_path, [100, 200, 300])
+    write(tmp_path, [], step=100, archive=True)
+    assert [row["step"] for row in rows(tmp_path / "metrics.old-1.csv")] == ["100", "200", "300"]
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["100"]
+
+
+def test_a_table_with_another_header_is_set_aside_whole(tmp_path):
+    for _ in range(2):
+        (tmp_path / "metrics.csv").write_text("step,other\n1,2\n")
+        write(tmp_path, [1], step=1)
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["1"]
+    for number in (1, 2):
+        assert (tmp_path / f"metrics.old-{number}.csv").read_text() == "step,other\n1,2\n"
+
+
+def test_log_file_takes_messages_of_the_package_only_while_open(tmp_path):
+    before = list(runlog.logger.handlers), runlog.logger.level
+    with runlog.RunLog(tmp_path):
+        logging.getLogger("dsl.data").warning("retry 1 of 5")
+        logging.getLogger("elsewhere").warning("not ours")
+    runlog.logger.warning("too late")
+    (path,) = tmp_path.glob("*.log")
+    text = path.read_text()
+    assert "WARNING retry 1 of 5" in text and "not ours" not in text and "too late" not in text
+    assert (list(runlog.logger.handlers), runlog.logger.level) == before
+
+
+def test_an_error_ends_in_the_log_file_and_is_left_to_its_catcher_elsewhere(tmp_path, capfd):
+    with pytest.raises(ValueError), runlog.RunLog(tmp_path, live=False):
+        raise ValueError("the disk is on fire")
+    (path,) = tmp_path.glob("*.log")
+    assert "ERROR ValueError: the disk is on fire" in path.read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with runlog.RunLog(None) as log:
+        log.open_tables([1])
+        log.row({"step": 1})
+        log.generation(1, "p", "t")
+        log.sync()
+        log.hparams({}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_hparams_holds_settings_and_record(tmp_path):
+    with runlog.RunLog(tmp_path) as log:
+        log.hparams({"name": "r", "train": {"max_steps": 5}}, runlog.environment())
+    found = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert found["train"] == {"max_steps": 5}
+    assert found["record"]["versions"]["torch"] and "git_revision" in found["record"]
+
+
+def test_progress_line_says_what_a_reader_wants_to_know():
+    row = {"step": 100, "loss": 3.25, "lr": 0.003, "tokens_per_second": 5120.4, "seconds_left": 65}
+    line = runlog.progress(row, 700)
+    assert line == "step 100/700  loss 3.2500  lr 3.00e-03  5,120 tokens/s  00:01:05 left"
+    assert "held-out 2.125 bits/byte" in runlog.progress({**row, "held_out_bits_per_byte": 2.125}, 700)
+    assert "2 d 01:00:00 left" in runlog.progress({**row, "seconds_left": 2 * 86_400 + 3600}, 700)
+
+
+SCRIPT = "from dsl.runlog import *\nwith RunLog(None, live=in_notebook()): logger.info('line 7')"
+
+
+def test_a_terminal_shows_a_line_once():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "line 7\n")
+
+
+@pytest.mark.slow
+def test_papermill_shows_a_line_once_in_the_terminal_and_once_in_the_cell(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # a kernel that sees it does not mirror descriptor 2
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": SCRIPT}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    book = {"nbformat": 4, "nbformat_minor": 5, "metadata": kernel}
+    cells = [cell | {"outputs": [], "execution_count": None}]
+    (tmp_path / "in.ipynb").write_text(json.dumps(book | {"cells": cells}))
+    command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "--no-progress-bar"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("line 7") == 1
+    outputs = json.loads((tmp_path / "out.ipynb").read_text())["cells"][0]["outputs"]
+    assert ["".join(o["text"]) for o in outputs if o["name"] == "stdout"] == ["line 7\n"]
+    assert "line 7" not in str([o for o in outputs if o["name"] != "stdout"])
