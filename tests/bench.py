@@ -93,7 +93,7 @@ def draw(results: dict[str, dict], context: dict[str, dict]) -> None:
     axis.plot(goals, names, "|", color="black", ms=12, mew=2, label="goal")
     for i, pair in enumerate(zip(ratios, goals, strict=True)):
         axis.annotate(
-            f"{pair[0]:.2g}", (max(pair), i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
+            f"{pair[0]:.3g}", (max(pair), i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
         )
     axis.set(xlabel="times faster (or smaller) than the peer, one thread", xscale="log")
     low, high = min(0.9, *ratios, *goals) * 0.95, max(*ratios, *goals) * 1.6
