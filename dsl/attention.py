@@ -2,6 +2,8 @@
 
 Each is `Mixer(config)(x, state, positions, keep) -> (y, state)`: one call for training, prefill and decoding.
 Knows nothing of experts, losses or the Hugging Face cache; the arithmetic of the recurrent forms is in `ops`.
+`keep` [B, T] marks the real tokens, None all; padding may stand before them and after them. A state or a mask that does
+not fit is a ValueError.
 
 Shape letters: B batch, T new time steps, S all time steps so far, H query heads, G key-value heads,
 K width of a head, V width of a value, C width of the key-value latent, D hidden size.
@@ -180,9 +182,7 @@ class SoftmaxMixer(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, c.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = ops.rotary(self.q_norm(q), positions, c.rope_theta)
         k = ops.rotary(self.k_norm(k), positions, c.rope_theta)
-        if state:
-            k, v = torch.cat([state.keys, k], 1), torch.cat([state.values, v], 1)
-        keep = _all_kept(state, keep, x.shape[1])
+        k, v, keep = _all_steps(x, state, SoftmaxState, keep, keys=k, values=v)
         y = _softmax(q, k, v, keep, c.head_dim**-0.5)
         return self.o_proj(y.flatten(2)), SoftmaxState(_seen(state) + x.shape[1], k, v, keep)
 
@@ -222,9 +222,7 @@ class LatentMixer(nn.Module):
         latent, rope_key = self.kv_a_proj_with_mqa(x)[:, :, None].split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)
         q_rope, rope_key = (ops.rotary(t, positions, c.rope_theta) for t in (q_rope, rope_key))
-        if state:
-            latent, rope_key = torch.cat([state.latent, latent], 1), torch.cat([state.rope_key, rope_key], 1)
-        keep = _all_kept(state, keep, T)
+        latent, rope_key, keep = _all_steps(x, state, LatentState, keep, latent=latent, rope_key=rope_key)
         attend = self._absorbed if state and min(self.absorb_up_to, state.length) >= T else self._materialised
         y = attend(q_nope, q_rope, latent, rope_key, keep)
         return self.o_proj(y.flatten(2)), LatentState(_seen(state) + T, latent, rope_key, keep)
@@ -259,12 +257,27 @@ def _seen(state: State | None) -> int:
     return state.length if state else 0
 
 
+def _check_call(x: Tensor, state: State | None, kind: type[State], keep: Tensor | None) -> None:
+    """Raise ValueError unless the state is of this kind and `keep` [B, T] belongs to x [B, T, D]."""
+    if state is not None and not isinstance(state, kind):
+        raise ValueError(f"state must be a {kind.__name__}, got {type(state).__name__}")
+    if keep is not None and (keep.shape != x.shape[:2] or keep.device != x.device):
+        rule = f"keep must have shape [B, T] = {tuple(x.shape[:2])} on {x.device}"
+        raise ValueError(f"{rule}, got {tuple(keep.shape)} on {keep.device}")
+
+
 def _convolved_heads(mixer: LinearMixer | DeltaMixer, x: Tensor, state: LinearState | None, keep: Tensor | None):
     """Queries [B, T, H, K], keys and values [B, T, G, K] after the short convolution, and its next window."""
+    _check_call(x, state, LinearState, keep)
     qkv, window = mixer.qkv_proj(x), None
     if keep is not None:
         qkv = qkv * keep[..., None]
     if mixer.conv is not None:
+        if keep is not None and x.shape[1] > 2:  # the convolution would look into the gap instead of across it
+            begun = F.pad(keep.bool(), (1, 0)).int().diff() > 0
+            if (gaps := begun.sum(1) > 1).any():
+                rule = "keep must mark one unbroken stretch of each row: a short convolution cannot skip padding"
+                raise ValueError(f"{rule}, got a gap in rows {gaps.nonzero().flatten().tolist()}")
         qkv, window = mixer.conv(qkv, state.window if state else None)
         if keep is not None:
             qkv = qkv * keep[..., None]
@@ -272,13 +285,20 @@ def _convolved_heads(mixer: LinearMixer | DeltaMixer, x: Tensor, state: LinearSt
     return *heads.split(mixer.heads, 2), window
 
 
-def _all_kept(state: SoftmaxState | LatentState | None, keep: Tensor | None, T: int) -> Tensor | None:
-    """Which of all S time steps are real: the state's, then the T new ones; None while all are."""
-    if state is None or (state.keep is None and keep is None):
-        return keep
-    like = state.keep if keep is None else keep
-    past = like.new_ones(like.shape[0], state.length) if state.keep is None else state.keep
-    return torch.cat([past, like.new_ones(like.shape[0], T) if keep is None else keep], 1)
+def _all_steps(x: Tensor, state: SoftmaxState | LatentState | None, kind: type[State], keep: Tensor | None, **new):
+    """Each of the new tensors [B, T, ...] after that of its name in the state, and which of all S steps are real."""
+    _check_call(x, state, kind, keep)
+    if state is None:
+        return *new.values(), keep
+    for name, t in new.items():
+        shape = (len(t), state.length, *t.shape[2:])
+        past = ops.check_state(f"state must have {name} of", getattr(state, name), "[B, S, heads, width]", shape, t)
+        new[name] = torch.cat([past, t], 1)
+    if state.keep is not None or keep is not None:
+        like = state.keep if keep is None else keep
+        past = like.new_ones(len(x), state.length) if state.keep is None else state.keep
+        keep = torch.cat([past, like.new_ones(x.shape[:2]) if keep is None else keep], 1)
+    return *new.values(), keep
 
 
 def _mask(T: int, k: Tensor, keep: Tensor | None) -> Tensor | None:

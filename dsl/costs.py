@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +41,27 @@ def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 FORMS = {"written out": _written_out, "softmax": _sdpa, "elu": _elu, "delta": _delta}
 
 
-def cpu_seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
-    """The least CPU time of one call, over at least three calls and `at_least` seconds."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Idle threads that wait for work count as CPU time, and slow a busy machine down."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # idle threads that wait for work count as CPU time
+    torch.set_num_threads(1)
     try:
-        work()
-        best, spent, calls = math.inf, 0.0, 0
-        while calls < 3 or spent < at_least:
-            start = time.process_time()
-            work()
-            took = time.process_time() - start
-            best, spent, calls = min(best, took), spent + took, calls + 1
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@one_thread()
+def cpu_seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
+    """The least CPU time of one call, over at least three calls and `at_least` seconds."""
+    work()
+    best, spent, calls = math.inf, 0.0, 0
+    while calls < 3 or spent < at_least:
+        start = time.process_time()
+        work()
+        took = time.process_time() - start
+        best, spent, calls = min(best, took), spent + took, calls + 1
     return best
 
 
@@ -73,21 +81,27 @@ def training(kind: str, length: int, *, batch: int = 1, heads: int = 6, kv_heads
     return cpu_seconds(work), sum(kept.values())
 
 
+@one_thread()
 def decoding(kind: str, context: int, config: ModelConfig) -> tuple[float, int]:
-    """(CPU-seconds of one new token after `context` tokens, bytes of state) of one mixer, batch 1, fp32."""
+    """(CPU-seconds of one new token after `context` tokens, bytes of state) of one mixer, batch 1, fp32.
+
+    Linear kinds read that many random tokens; softmax and latent attention, which would need T^2 work for it, are given
+    random keys and values of as many.
+    """
     mixer, c = attention.MIXERS.resolve(kind)(config), config
-    x, positions = torch.randn(1, 1, c.hidden_size), torch.tensor([[context]])
-    if kind == "softmax":
-        keys, values = torch.randn(2, 1, context, c.num_key_value_heads, c.head_dim)
-        state = attention.SoftmaxState(context, keys, values, None)
-    elif kind == "latent":
-        latent, rope_key = torch.randn(1, context, 1, c.kv_lora_rank), torch.randn(1, context, 1, c.qk_rope_head_dim)
-        state = attention.LatentState(context, latent, rope_key, None)
-    else:  # the size of the state does not depend on the context
-        with torch.no_grad():
-            _, state = mixer(x.expand(1, 4, -1), None, positions.expand(1, 4), None)
+    x, position = torch.randn(1, 1, c.hidden_size), torch.tensor([[context]])
     with torch.no_grad():
-        return cpu_seconds(lambda: mixer(x, state, positions, None)), state.num_bytes
+        if kind == "softmax":
+            keys, values = torch.randn(2, 1, context, c.num_key_value_heads, c.head_dim)
+            state = attention.SoftmaxState(context, keys, values, None)
+        elif kind == "latent":
+            latent, rope = torch.randn(1, context, 1, c.kv_lora_rank), torch.randn(1, context, 1, c.qk_rope_head_dim)
+            state = attention.LatentState(context, latent, rope, None)
+        else:
+            state = None
+            for some in torch.arange(context)[None].split(512, 1):  # in pieces that stay in the processor's cache
+                _, state = mixer(torch.randn(*some.shape, c.hidden_size), state, some, None)
+        return cpu_seconds(lambda: mixer(x, state, position, None)), state.num_bytes
 
 
 def exponent(lengths: list[int], seconds: list[float]) -> float:

@@ -109,10 +109,11 @@ def _round(x: float) -> str:
 NAMES = {"softmax": "softmax", "elu": "linear (ELU+1)", "delta": "delta rule", "latent": "latent (MLA)"}
 NAMES |= {"taylor": "linear (Taylor, Based)", "dpfp1": "linear (DPFP-1)", "written out": "softmax, written out"}
 
+LINES = {"softmax": "s-", "written out": "s:", "elu": "D-", "delta": "v--", "latent": "^-"}
 
-SHORT = {"softmax": "softmax", "elu": "ELU+1", "dpfp1": "DPFP-1"}
+SHORT = {"softmax": "softmax", "elu": "ELU+1", "dpfp1": "DPFP-1", "dpfp2": "DPFP-2", "dpfp3": "DPFP-3"}
 MARKERS = {("softmax", "sum"): "s", ("elu", "sum"): "D", ("dpfp1", "sum"): "o"}
-MARKERS |= {("elu", "delta"): "v", ("dpfp1", "delta"): "^"}
+MARKERS |= {("dpfp2", "sum"): "P", ("dpfp3", "sum"): "X", ("elu", "delta"): "v", ("dpfp1", "delta"): "^"}
 
 
 def _color(kind: str) -> str:
@@ -121,48 +122,54 @@ def _color(kind: str) -> str:
 
 def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, float], guess: float) -> plt.Figure:
     """Loss over number of keys, ours (mean and span of seeds) over the authors' points; setting 1 left, 2 right."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
-    series = sorted({(r["setting"], r["memory"], r["rule"]) for r in rows})
-    for setting, memory, rule in series:
-        axis = axes[setting - 1]
-        marker = MARKERS[memory, rule]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True, layout="constrained")
+    of = lambda table: sorted({(r["setting"], r["memory"], r["rule"]) for r in table})  # noqa: E731
+    for setting, memory, rule in of(published):
         theirs = [r for r in published if (r["setting"], r["memory"], r["rule"]) == (setting, memory, rule)]
-        theirs = sorted((r["keys"], r["loss"]) for r in theirs if r["keys"] <= 210)
-        name = SHORT[memory] if rule == "sum" else f"delta rule, {SHORT[memory]}"
+        points = sorted((r["keys"], r["loss"]) for r in theirs)
         grey = {"color": COLORS["published"], "lw": 1, "ms": 7, "alpha": 0.7}
-        axis.plot(*zip(*theirs, strict=True), f"{marker}:", **grey, label=f"{name}, authors")
+        label = f"{_memory(memory, rule)}, authors"
+        axes[setting - 1].plot(*zip(*points, strict=True), f"{MARKERS[memory, rule]}:", **grey, label=label)
+    for setting, memory, rule in of(rows):
+        axis, marker = axes[setting - 1], MARKERS[memory, rule]
         mine = [r for r in rows if (r["setting"], r["memory"], r["rule"]) == (setting, memory, rule)]
         keys = sorted({r["keys"] for r in mine})
         seeds = [[r["loss"] for r in mine if r["keys"] == n] for n in keys]
         color = COLORS["delta"] if rule == "delta" else _color(memory)
         style = {"color": color, "ls": "--" if marker == "v" else "-", "marker": marker, "ms": 4}
-        axis.plot(keys, [np.mean(s) for s in seeds], **style, label=f"{name}, ours")
+        axis.plot(keys, [np.mean(s) for s in seeds], **style, label=f"{_memory(memory, rule)}, ours")
         axis.vlines(keys, [min(s) for s in seeds], [max(s) for s in seeds], color=color, lw=3, alpha=0.4)
     for axis, title in zip(axes, ("each key is written once", "keys come again, the last value counts"), strict=True):
         axis.set(xlabel="number of keys N", title=f"Setting {1 if axis is axes[0] else 2}: {title}")
+        ticks(axis, [n for n in (20, 40, 80, 160, 320, 600) if n <= axis.dataLim.xmax])
+    measured = {memory for _, memory, _ in of(rows)}
     for memory, width in capacities.items():
-        axes[0].axvline(width, color=_color(memory), ls=":", lw=1.2)
-        axes[0].annotate(
-            f"law: N = {width:.0f}", (width, 0.37), rotation=90, ha="right", va="top", fontsize=8, color=_color(memory)
-        )
+        color = _color(memory) if memory in measured else COLORS["published"]
+        axes[0].axvline(width, color=color, ls=":", lw=1.2, label=f"_law, {memory}")
+        note = f"law, {SHORT[memory]}: {width:.0f}"
+        axes[0].annotate(note, (width, 0.6), rotation=90, ha="right", va="top", fontsize=8, color=color)
     axes[0].axvline(guess, color="black", ls="--", lw=1.2, label=f"my guess: N = {guess:g}")
     axes[0].set_ylabel("retrieval loss, 0.5 |error|²")
-    axes[0].set_ylim(-0.012, 0.4)
+    axes[0].set_ylim(-0.012, 0.61)
     for axis in axes:
         axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
     axes[0].get_legend().set_title("grey: the authors' logs, Schlag et al. 2021", {"size": 7.5})
     return figure
 
 
-def interference(keys, law, curves: dict[str, list[float]], marked: int | None = None) -> plt.Figure:
-    """Retrieval error of untrained random keys over their number: measured points over the law's line."""
+def _memory(memory: str, rule: str) -> str:
+    return SHORT[memory] if rule == "sum" else f"delta rule, {SHORT[memory]}"
+
+
+def interference(keys, curves: dict[tuple[str, str], list[float]], width: float, marked: int) -> plt.Figure:
+    """Retrieval error of untrained random keys over their number, {(rule, features): values}, over the law's line."""
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axis.plot(keys, law, color=COLORS["law"], lw=1.2, label="law of the sum rule, (N - 1) / d")
-    for name, values in curves.items():
-        color = COLORS["delta"] if "delta" in name else COLORS["elu"] if "ELU" in name else COLORS["other"]
-        axis.plot(keys, values, "o", ms=5, color=color, label=name)
-    if marked is not None:
-        axis.axvline(marked, color="black", ls="--", lw=1, label=f"N = {marked}")
+    law = [(n - 1) / width for n in keys]
+    axis.plot(keys, law, color=COLORS["law"], lw=1.2, label=f"law of the sum rule, (N - 1) / {width:g}")
+    for (rule, features), values in curves.items():
+        color, marker = (COLORS["delta"], "v") if rule == "delta" else (_color(features), "o")
+        axis.plot(keys, values, marker, ms=5, color=color, label=f"{rule} rule, features: {features}")
+    axis.axvline(marked, color="black", ls="--", lw=1, label=f"N = {marked}")
     axis.set(xlabel="number of keys N", ylabel="mean squared error of a read value", yscale="log")
     ticks(axis, keys)
     axis.legend(fontsize=8, loc="upper left")
@@ -203,8 +210,9 @@ def scaling(lengths, panels: dict[str, dict[str, list[float]]], xlabel: str, not
     for (ylabel, curves), axis in zip(panels.items(), axes[0], strict=True):
         for kind, values in curves.items():
             note = (notes or {}).get((ylabel, kind), "")
-            color, style = (COLORS["softmax"], "s:") if kind == "written out" else (_color(kind), "o-")
-            axis.plot(lengths[: len(values)], values, style, ms=4, color=color, label=NAMES.get(kind, kind) + note)
+            color = _color("softmax" if kind == "written out" else kind)
+            label, size = NAMES.get(kind, kind) + note, 6 if kind == "elu" else 4  # seen where delta lies on it
+            axis.plot(lengths[: len(values)], values, LINES.get(kind, "o-"), ms=size, color=color, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
         ticks(axis, lengths)
         axis.legend(fontsize=8)

@@ -245,18 +245,23 @@ class RecallModel(nn.Module):
         return self.norms[-1](x)
 
 
-def mqar_curve(kind: str, pairs: int, *, lr: float, seed: int = 0, steps: int = 800, length: int = 64, **sizes):
-    """Train a `RecallModel` of `kind` (a key of MQAR, or a registered linear mixer) and return {"step N": accuracy}.
-
-    AdamW, constant rate, 64 fresh rows a step; accuracy on 512 fixed rows at every eighth of the steps. Training ends
-    at 99.5 %, and that accuracy is then given for the steps not run.
-    """
-    config = ModelConfig(
+def mqar_config(kind: str, length: int = 64, **sizes) -> ModelConfig:
+    """Two layers of `kind`, a key of MQAR or a registered linear mixer, for rows of `length` tokens."""
+    return ModelConfig(
         **{"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "moe_layers": ()}
         | {"num_key_value_heads": 1, "max_position_embeddings": length}
         | MQAR.get(kind, {"layer_types": LINEAR, "linear_attention_kind": kind})
         | sizes
     )
+
+
+def mqar_curve(kind: str, pairs: int, *, lr: float, seed: int = 0, steps: int = 800, length: int = 64, **sizes):
+    """Train a `RecallModel` of `mqar_config(kind)` and return {"step N": accuracy}.
+
+    AdamW, constant rate, 64 fresh rows a step; accuracy on 512 fixed rows at every eighth of the steps. Training ends
+    at 99.5 %, and that accuracy is then given for the steps not run.
+    """
+    config = mqar_config(kind, length, **sizes)
     generator, curve = torch.Generator().manual_seed(seed), {}
     test = mqar(512, length, pairs, config.vocab_size, torch.Generator().manual_seed(10**6 + seed))
     with torch.random.fork_rng(devices=[]):

@@ -62,21 +62,26 @@ def test_every_form_of_the_delta_rule_equals_the_oracle(T, gated):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_stays_within_its_bound(dtype):
-    """The oracle runs in fp64 on the same, already rounded, inputs."""
-    x = draw(256, dtype, H=4, G=2, K=64, V=64)
+    """The slow oracle runs in fp64 on the same, already rounded, inputs; two chunks of 64 and a rest."""
+    x = draw(150, dtype, B=1, H=4, G=2, K=64, V=64)
     wide = {name: value.detach().double().requires_grad_() for name, value in x.items()}
-    for normalize in (True, False):
-        slow = ops.linear_attention(*(wide[n] for n in "qkv"), normalize=normalize, form="recurrent")[0]
-        for form in LINEAR_FORMS:
-            fast, state = ops.linear_attention(*(x[n] for n in "qkv"), normalize=normalize, form=form)
-            assert fast.dtype == dtype and state.dtype == torch.float32
-            assert_close(f"{form} {dtype}", fast, slow)
-    delta = [("q", "unit", "v", "beta"), "log_decay"]
-    slow = ops.delta_rule(*(wide[n] for n in delta[0]), log_decay=wide["log_decay"], form="recurrent")[0]
-    for form in DELTA_FORMS:
-        fast, state = ops.delta_rule(*(x[n] for n in delta[0]), log_decay=x["log_decay"], form=form)
-        assert fast.dtype == dtype and state.dtype == torch.float32
-        assert_close(f"delta {form} {dtype}", fast, slow)
+    linear = {"q": "q", "k": "k", "v": "v"}
+    delta = {"q": "q", "k": "unit", "v": "v", "beta": "beta", "log_decay": "log_decay"}
+    for op, oracle, names, forms, hows in (
+        (ops.linear_attention, reference.linear_attention, linear, LINEAR_FORMS, ({}, {"normalize": False})),
+        (ops.delta_rule, reference.delta_rule, delta, DELTA_FORMS, ({},)),
+    ):
+        inputs, slow_inputs = ({name: t[of] for name, of in names.items()} for t in (x, wide))
+        for how in hows:
+            slow = oracle(**slow_inputs, **how)
+            weight = torch.randn_like(slow)
+            want = gradients((slow * weight).sum(), slow_inputs)
+            for form in forms:
+                fast, state = op(**inputs, **how, form=form)
+                assert fast.dtype == dtype and state.dtype == torch.float32
+                assert_close(f"{op.__name__} {form} {how}", fast, slow)
+                for name, got in gradients((fast * weight).sum(), inputs).items():
+                    assert_close(f"{op.__name__} {form} {how}: {name}", got, want[name])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 63, 64, 65, 129, 130])
@@ -150,20 +155,29 @@ def test_the_short_convolution_is_causal_and_carries_its_window():
     assert_close("in parts", torch.cat(parts, 1), want)
 
 
+@pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("T", [1, 65, 200])
-def test_gated_delta_rule_equals_transformers(T):
+def test_gated_delta_rule_equals_transformers(T, started):
     """Code that nobody here wrote: Qwen3-Next's functions take queries unscaled and scale them by K^-0.5."""
-    x = draw(T, torch.float32, H=2, K=16, V=12)
-    q, k = F.normalize(x["q"].detach() - 1, dim=-1), x["unit"].detach()
-    v, beta, decay = (x[n].detach() for n in ("v", "beta", "log_decay"))
-    mine = {
-        form: ops.delta_rule(q * 16**-0.5, k, v, beta, log_decay=decay, form=form) for form in ("chunked", "recurrent")
-    }
+    x = {name: value.detach() for name, value in draw(T, torch.float32, H=2, K=16, V=12).items()}
+    inputs = {"q": F.normalize(x["q"] - 1, dim=-1), "k": x["unit"], "v": x["v"], "beta": x["beta"]}
+    inputs |= {"log_decay": x["log_decay"]} | ({"state": torch.randn(2, 2, 16, 12)} if started else {})
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    q, k, v, beta, decay = (inputs[name] for name in ("q", "k", "v", "beta", "log_decay"))
+    more = {"g": decay, "beta": beta, "initial_state": inputs.get("state"), "output_final_state": True}
+    weights = torch.randn(2, T, 2, 12), torch.randn(2, 2, 16, 12)
+    slopes = lambda got: gradients(sum((a * w).sum() for a, w in zip(got, weights, strict=True)), inputs)  # noqa: E731
+    mine = {form: ops.delta_rule(**inputs | {"q": q * 16**-0.5}, form=form) for form in DELTA_FORMS}
+    mine = {form: (*got, slopes(got)) for form, got in mine.items()}
     for theirs in (qwen.torch_recurrent_gated_delta_rule, qwen.torch_chunk_gated_delta_rule):
-        out, state = theirs(q, k, v, g=decay, beta=beta, initial_state=None, output_final_state=True)
-        for form, (y, S) in mine.items():
-            assert_close(f"{form}, {theirs.__name__}", y, out, 1e-5)
-            assert_close(f"{form}, {theirs.__name__}, state", S, state, 1e-5)
+        out, state = theirs(q, k, v, **more)
+        want = slopes((out, state))
+        for form, (y, S, got) in mine.items():
+            label = f"{form}, {theirs.__name__}"
+            assert_close(label, y, out)
+            assert_close(f"{label}, state", S, state)
+            for name, slope in got.items():
+                assert_close(f"{label}, {name}", slope, want[name], 5e-5)  # theirs sum decays up to -200 in fp32
 
 
 def test_extreme_inputs_stay_finite():
@@ -210,8 +224,8 @@ def test_no_time_steps_give_an_empty_result_and_keep_the_state():
         ({"v": torch.ones(2, 3, 2, 5)}, "v must be floating and like q"),
         ({"q": torch.ones(2, 3, 4, 6).long()}, "q must be floating"),
         ({"state": torch.ones(2, 2, 6, 5).double()}, r"state must have shape .* = \(2, 2, 6, 6\), got \(2, 2, 6, 5\)"),
-        ({"state": torch.ones(2, 2, 6, 6)}, "state must be torch.float64 on cpu, got torch.float32"),
-        ({"state": torch.ones(2, 2, 6, 6, device="meta").double()}, "state must be .* on cpu, got .* on meta"),
+        ({"state": torch.ones(2, 2, 6, 6)}, "state must have dtype torch.float64 on cpu, got torch.float32 on cpu"),
+        ({"state": torch.ones(2, 2, 6, 6, device="meta").double()}, "state must have dtype .* on cpu, got .* on meta"),
     ],
 )
 def test_bad_input_names_field_rule_and_value(change, message):

@@ -14,7 +14,7 @@ def test_moving_the_slider_redraws_the_figure(chromium, root, tmp_path, monkeypa
     from playwright.sync_api import expect
 
     source = nbformat.read(root / "notebooks" / "01_attention.ipynb", as_version=4)
-    needed = ("my_guess =", "settings.parameters(", "many = [", "widgets.explore(")
+    needed = ("my_guess =", "settings.parameters(", "many, d = [", "widgets.explore(")
     cells = [c for c in source.cells if c.cell_type == "code" and any(text in c.source for text in needed)]
     assert len(cells) == len(needed)
     (tmp_path / "work").mkdir()
