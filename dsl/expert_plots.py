@@ -5,44 +5,58 @@ Takes numbers and tables; never touches a model or a trainer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import TwoSlopeNorm
 
 from dsl.plots import COLORS
 
-METHODS = {"none": "#777777", "aux sequence": "#E69F00", "aux batch": "#56B4E9", "loss-free": COLORS["experts"]}
+# Colours of this notebook's own: none of a mixer's. Wrong: what leaks, is uneven or is not balanced.
+WRONG, EXPERTS = "#882255", COLORS["experts"]
+METHODS = {"none": WRONG, "aux sequence": "#CCBB44", "aux batch": "#808020", "loss-free": EXPERTS}
 # Wang et al. 2024 (2408.15664), 1B parameters, 100B tokens: perplexity and MaxVio over the validation set.
-PUBLISHED = {"aux batch": (9.56, 0.72), "loss-free": (9.50, 0.04)}
-SPEEDS = ("#332288", "#0072B2", "#56B4E9", "#E69F00")
+PUBLISHED = {"auxiliary loss,\nscope not stated": (9.56, 0.72), "loss-free": (9.50, 0.04)}
+SPEEDS = (EXPERTS, "#7668C4", "#B5ABE6", "#D6D0F2")  # darker is faster
 
 
-def dynamics(histories: Mapping[float, Sequence[float]], floor: float, law: Mapping[float, float]) -> plt.Figure:
+def dynamics(
+    histories: Mapping[float, Sequence[float]], floor: float, law: Mapping[float, float], guess: float | None = None
+) -> plt.Figure:
     """MaxVio of each batch over the steps for each update speed, the floor, and where the law expects balance."""
-    figure, axis = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
     for (speed, maxvio), color in zip(histories.items(), SPEEDS, strict=False):
-        steps = np.arange(1, len(maxvio) + 1)
-        smooth = pd.Series(np.asarray(maxvio)).rolling(15, center=True, min_periods=1).mean()
-        axis.plot(steps, maxvio, color=color, lw=0.6, alpha=0.3)
-        axis.plot(steps, smooth, color=color, lw=1.6, label=f"update speed {speed:g}, mean of 15 steps")
+        steps, window = np.arange(1, len(maxvio) + 1), min(15, len(maxvio))
+        smooth = np.convolve(maxvio, np.full(window, 1 / window), "valid")  # means of whole windows only
+        axis.plot(steps, maxvio, color=color, lw=0.6, alpha=0.4)
+        middle = steps[(window - 1) // 2 :][: len(smooth)]
+        axis.plot(middle, smooth, color=color, lw=1.6, label=f"update speed {speed:g}, mean of {window} steps")
         if speed in law:
             axis.axvline(law[speed], color=color, ls=":", lw=1.2)
-    axis.axhline(floor, color=COLORS["law"], ls="--", lw=1.2, label="floor: a perfectly even router, sampled")
+    axis.axhline(floor, color=COLORS["law"], lw=0.9, label="floor: a perfectly even router, sampled")
     if law:
         axis.plot([], [], color="#777777", ls=":", lw=1.2, label="law: needed bias / update speed")
+    _guess(axis, guess, "my guess for speed 0.001")
     axis.set(xscale="log", yscale="log", xlabel="step", ylabel="MaxVio of a batch = max load / mean - 1")
-    axis.legend(loc="lower left", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def _guess(axis: plt.Axes, value: float | None, label: str) -> None:
+    """The reader's prediction as a dashed line; None is none."""
+    if value is not None:
+        axis.axvline(value, color=COLORS["law"], ls="--", lw=1.2, label=label)
 
 
 def drops(factors, law, measured, skewed, mark: float | None = None) -> plt.Figure:
     """Share of assignments without room over the capacity factor: the law, an even router, a skewed one."""
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     axis.plot(factors, law, color=COLORS["law"], ls="--", label="law for an even random router")
-    axis.plot(factors, measured, "o", color=COLORS["experts"], label="even random router, measured")
-    axis.plot(factors, skewed, "s-", color=COLORS["taylor"], ms=4, label="skewed router: imbalance, not noise")
+    axis.plot(factors, measured, "o", color=EXPERTS, label="even random router, measured")
+    axis.plot(factors, skewed, "s-", color=WRONG, ms=4, label="skewed router: imbalance, not noise")
     if mark is not None:
         axis.axvline(mark, color="#777777", ls=":", lw=1.2)
         axis.set_title(f"capacity factor {mark:g}: {np.interp(mark, factors, skewed):.1%} dropped")
@@ -51,11 +65,11 @@ def drops(factors, law, measured, skewed, mark: float | None = None) -> plt.Figu
     return figure
 
 
-def look_ahead(shares: Mapping[str, float], trials: int) -> plt.Figure:
+def look_ahead(shares: Mapping[str, float], trials: int, guess: float | None = None) -> plt.Figure:
     """In how many trials new scores of the last token changed an earlier one; whiskers: two standard errors."""
     figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
     names, values = list(shares), np.array(list(shares.values()))
-    colors = [COLORS["experts"] if value == 0 else COLORS["taylor"] for value in values]
+    colors = [EXPERTS if value == 0 else WRONG for value in values]
     error = 2 * np.sqrt(values * (1 - values) / trials)
     axis.barh(names, 100 * values, xerr=100 * error, color=colors, error_kw={"lw": 1, "ecolor": "#555555"})
     for i, value in enumerate(values):
@@ -63,54 +77,86 @@ def look_ahead(shares: Mapping[str, float], trials: int) -> plt.Figure:
     axis.set(xlabel="trials in which an earlier token notices the last one, %", xlim=(0, 108))
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
+    if guess is not None:
+        _guess(axis, 100 * guess, "my guess for expert choice")
+        axis.legend(loc="upper right", fontsize=8)
     return figure
 
 
 def balance(results: pd.DataFrame, floor: float) -> plt.Figure:
     """Held-out loss against imbalance, one point a training; beside it the published pair."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for place, (method, color) in enumerate(METHODS.items()):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    names = list(METHODS | PUBLISHED)
+    for method, color in METHODS.items():
         rows = results[results.method == method]
-        left.plot(rows.maxvio_global, rows.bits_per_byte, "o", color=color)
-        right.plot(rows.maxvio_global, [place] * len(rows), "o", color=color)
-        if method in PUBLISHED:
-            perplexity, maxvio = PUBLISHED[method]
-            right.plot(maxvio, place, "D", color=COLORS["published"], ms=7)
-            text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "left", "fontsize": 8}
-            right.annotate(f"ppl {perplexity:.2f}", (maxvio, place), **text)
+        left.plot(rows.maxvio_global, rows.bits_per_byte, "o", color=color, label=method)
+        right.plot(rows.maxvio_global, [names.index(method)] * len(rows), "o", color=color)
+    for method, (perplexity, maxvio) in PUBLISHED.items():
+        right.plot(maxvio, names.index(method), "D", color=COLORS["published"], ms=7)
+        text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "left", "fontsize": 8}
+        right.annotate(f"perplexity {perplexity:.2f}", (maxvio, names.index(method)), **text)
     left.set(xlabel="MaxVio on held-out text", ylabel="held-out bits per byte", xlim=(0, None))
     left.margins(y=0.15)
+    left.legend(fontsize=8)
     right.plot([], [], "D", color=COLORS["published"], label="published, 1B (2408.15664)")
-    right.axvline(floor, color=COLORS["law"], ls="--", lw=1.2, label="sampling floor")
-    right.set(xlabel="MaxVio on held-out text", xlim=(0, None), ylim=(-0.6, 3.9))
-    right.set_yticks(range(len(METHODS)), METHODS)
-    for name, color in zip(right.get_yticklabels(), METHODS.values(), strict=True):
-        name.set_color(color)  # and so a legend for both halves
-    right.legend(fontsize=8, loc="upper right")
+    right.axvline(floor, color=COLORS["law"], lw=0.9, label="sampling floor")
+    right.set(xlabel="MaxVio on held-out text", xlim=(0, None), ylim=(-0.6, len(names) - 0.3))
+    right.set_yticks(range(len(names)), names)
+    right.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.62))
     return figure
 
 
 def museum(caught: pd.DataFrame, losses: pd.DataFrame) -> plt.Figure:
     """Which check sees which bug, and what each does to the loss: that reported in training, and the real one.
 
-    `losses` has columns bug, reported, real, one row a training; those of the shipped code span the noise of seeds.
+    `losses` has columns bug, seed, reported, real, one row a training. Drawn is the difference from the shipped code
+    with the first seed, whose start and data the bugs share; other seeds of the shipped code span the noise.
     """
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.6), layout="constrained", sharey=True, gridspec_kw={"width_ratios": [1.5, 1]}
+        1, 2, figsize=(11, 3.8), layout="constrained", sharey=True, gridspec_kw={"width_ratios": [1.5, 1]}
     )
     left.imshow(caught.to_numpy(), cmap="Purples", vmin=0, vmax=1.3, aspect="auto")
     left.set_xticks(range(caught.shape[1]), caught.columns, rotation=35, ha="right", fontsize=8)
     left.set_yticks(range(caught.shape[0]), caught.index)
     left.grid(visible=False)
     left.set_title("checks that fail (dark)")
-    shipped = losses[losses.bug == caught.index[0]].real
-    right.axvspan(shipped.min(), shipped.max(), color="#e6e6e6", label="shipped code, span of seeds")
+    shipped = losses[losses.bug == caught.index[0]].sort_values("seed").real
+    noise = shipped - shipped.iloc[0]
+    right.axvspan(noise.min(), noise.max(), color="#e6e6e6", label="shipped code, span of seeds")
     rows = losses.bug.map(list(caught.index).index)
-    right.plot(losses.reported, rows, "o", color=COLORS["loss"], label="reported in training")
-    right.plot(losses.real, rows, "o", mfc="none", ms=8, color=COLORS["held_out"], label="real tokens only")
-    right.set(xlabel="loss, nats per token")
+    right.plot(losses.reported - shipped.iloc[0], rows, "o", color=COLORS["loss"], label="reported in training")
+    right.plot(
+        losses.real - shipped.iloc[0], rows, "o", mfc="none", ms=8, color=COLORS["held_out"], label="real tokens only"
+    )
+    right.set_xscale("symlog", linthresh=0.1, linscale=1.5)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set(xlabel="loss less that of shipped, seed 0, nats per token")
     right.set_title("what it does to the loss")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return figure
+
+
+def settling(table: pd.DataFrame, loads: Mapping[int, np.ndarray], settled: pd.DataFrame) -> plt.Figure:
+    """A training settles: load of every expert in each layer, entropy of the routers, saturation; over the steps.
+
+    `table` is a run's metrics.csv and `loads` its shares by layer, [rows, experts]; `settled` has the steps of the
+    checkpoints as index and a column a layer: the share of the last checkpoint's choices that each made already.
+    """
+    figure, axes = plt.subplots(1, len(loads) + 2, figsize=(3 * len(loads) + 6, 2.8), layout="constrained")
+    for place, (layer, shares) in enumerate(loads.items()):
+        count = shares.shape[1]
+        axes[place].plot(table.step, shares * count, color=EXPERTS, lw=0.8, alpha=0.7)
+        axes[place].axhline(1, color=COLORS["law"], ls="--", lw=1.2)
+        axes[place].set(
+            xlabel="step", ylabel="load / even load", title=f"layer {layer}: {count} experts", ylim=(0, None)
+        )
+        style = {"color": SPEEDS[place % len(SPEEDS)], "label": f"layer {layer}"}
+        axes[-2].plot(table.step, table[f"entropy_{layer}"], **style)
+        axes[-1].plot(settled.index, settled.iloc[:, place], "o-", **style)
+    axes[-2].axhline(math.log(count), color=COLORS["law"], ls="--", lw=1.2)
+    axes[-2].set(xlabel="step", ylabel="nats", title=f"entropy of the mean scores, at most ln {count}")
+    axes[-1].set(xlabel="step of the checkpoint", ylim=(0, 1), title="share of the last one's choices")
+    axes[-1].legend(fontsize=8)  # and of the panel beside it
     return figure
 
 
@@ -118,17 +164,11 @@ def kinds(names: Sequence[str], shares: np.ndarray, title: str = "") -> plt.Figu
     """How each kind of token is spread over the experts, relative to an even spread."""
     figure, axis = plt.subplots(figsize=(0.9 + 0.75 * shares.shape[1], 0.9 + 0.36 * len(names)), layout="constrained")
     ratio = shares * shares.shape[1]
-    image = axis.imshow(ratio, cmap="PuOr_r", vmin=0, vmax=2, aspect="auto")
+    norm = TwoSlopeNorm(1, vmin=0, vmax=max(2, ratio.max()))
+    image = axis.imshow(ratio, cmap="PuOr_r", norm=norm, aspect="auto")
     for (row, column), value in np.ndenumerate(ratio):
-        axis.text(
-            column,
-            row,
-            f"{value:.1f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if value > 1.7 or value < 0.3 else "black",
-        )
+        color = "black" if 0.15 < norm(value) < 0.85 else "white"
+        axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
     axis.set(xlabel="expert", xticks=range(shares.shape[1]), title=title)
     axis.set_yticks(range(len(names)), names)
     axis.grid(visible=False)
@@ -136,17 +176,24 @@ def kinds(names: Sequence[str], shares: np.ndarray, title: str = "") -> plt.Figu
     return figure
 
 
-def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int) -> plt.Figure:
-    """One sentence's way through the layers: the first expert of each token in each layer; experts [L, T]."""
-    figure, axis = plt.subplots(figsize=(max(6, 0.42 * len(pieces)), 0.9 + 0.42 * len(experts)), layout="constrained")
-    axis.imshow(
-        experts, cmap=plt.get_cmap("tab20", num_experts), vmin=-0.5, vmax=num_experts - 0.5, aspect="auto", alpha=0.7
-    )
-    for (layer, step), expert in np.ndenumerate(experts):
-        axis.text(step, layer, int(expert), ha="center", va="center", fontsize=9)
-    axis.set_xticks(range(len(pieces)), pieces, rotation=60, ha="right", family="monospace", fontsize=8)
-    axis.set_yticks(range(len(experts)), [f"layer {layer}" for layer in range(len(experts))])
-    axis.grid(visible=False)
+def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int, per_row: int = 10) -> plt.Figure:
+    """One text's way through the layers, `per_row` tokens a row: each token's first expert in each layer [L, T]."""
+    layers, rows = len(experts), math.ceil(len(pieces) / per_row)
+    figure, axes = plt.subplots(rows, 1, figsize=(9, (0.34 * layers + 0.4) * rows), layout="constrained", squeeze=False)
+    for axis, start in zip(axes[:, 0], range(0, len(pieces), per_row), strict=True):
+        part, some = pieces[start : start + per_row], experts[:, start : start + per_row]
+        colors = {"cmap": plt.get_cmap("tab20", num_experts), "vmin": -0.5, "vmax": num_experts - 0.5, "alpha": 0.7}
+        axis.imshow(some, aspect="auto", **colors)
+        for (layer, step), expert in np.ndenumerate(some):
+            axis.text(step, layer, int(expert), ha="center", va="center", fontsize=9)
+        seen = [piece.replace("\n", "\\n").replace(" ", "\N{OPEN BOX}") for piece in part]
+        axis.set_xticks(range(len(part)), seen, family="monospace", fontsize=8)
+        axis.set_yticks(range(layers), [f"layer {layer}" for layer in range(layers)])
+        axis.set_xlim(-0.5, per_row - 0.5)
+        axis.xaxis.tick_top()
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        axis.grid(visible=False)
     return figure
 
 
@@ -155,14 +202,10 @@ def silent(routed: np.ndarray, shared: np.ndarray | None) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
     for layer, row in enumerate(routed):
         axis.plot(
-            np.full(len(row), layer),
-            np.sort(row),
-            "o",
-            color=COLORS["experts"],
-            label="" if layer else "one routed expert",
+            np.full(len(row), layer), np.sort(row), "o", color=EXPERTS, label="" if layer else "one routed expert"
         )
     if shared is not None:
-        axis.plot(np.arange(len(shared)), shared, "D", color=COLORS["taylor"], ms=8, label="the shared expert")
+        axis.plot(np.arange(len(shared)), shared, "D", color=SPEEDS[1], ms=8, label="the shared expert")
     axis.set(xlabel="layer", ylabel="rise of the loss, nats per token", xticks=range(len(routed)))
     axis.margins(x=0.3)
     axis.legend(fontsize=8)

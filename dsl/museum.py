@@ -2,15 +2,16 @@
 
 `with bug("gate weights unused"): ...` patches the shipped code for the block and puts it back. Nothing in dsl imports
 this file. Each bug was found in a published implementation or is a common copying error; `CAUGHT_BY` names the check
-of `reference_moe` that is meant to see it.
+of `reference_moe` that is meant to see it, and `practise` is the plain training that shows what it does to the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsl import model, moe, ops, routing
@@ -55,6 +56,20 @@ def _k_major_drops():
     return moe, "within_capacity", within
 
 
+def _drops_at_rest():
+    """Capacity binds outside training too: its size follows the length, so a prefix differs from the whole."""
+    shipped = moe.MoE.forward
+
+    def forward(self, x: Tensor, keep: Tensor | None = None):
+        before, self.training = self.training, True
+        try:
+            return shipped(self, x, keep)
+        finally:
+            self.training = before
+
+    return moe.MoE, "forward", forward
+
+
 def _bias_inside_the_gate():
     """The balance bias is added to the scores once and for all: it also weighs, and bends what the experts learn."""
     shipped = moe.choose_experts
@@ -71,6 +86,7 @@ BUGS: dict[str, Callable[[], tuple]] = {
     "padding counted": _padding_counted,
     "capacity used as k": _capacity_as_k,
     "k-major drops": _k_major_drops,
+    "drops at rest": _drops_at_rest,
     "bias inside the gate": _bias_inside_the_gate,
 }
 CAUGHT_BY = {
@@ -79,6 +95,7 @@ CAUGHT_BY = {
     "padding counted": "padding is free",
     "capacity used as k": "output = weighted sum over k",
     "k-major drops": "no look ahead",
+    "drops at rest": "prefix = whole",
     "bias inside the gate": "bias only chooses",
 }
 
@@ -115,3 +132,28 @@ def favourites(strength: float, experts: tuple[int, ...] = (0, 1)) -> Iterator[N
         yield
     finally:
         moe.choose_experts = shipped
+
+
+def practise(
+    lm: model.LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], lr: float = 5e-3
+) -> Iterator[tuple[float, float, Tensor]]:
+    """Plain training with the balance bias and no other balancing: after each step the loss it reports, the loss of
+    its real tokens, and the counts [L, E].
+
+    A batch is tokens [B, T] and labels [B, T], already shifted, -100 where the row is padding.
+    """
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=lr)
+    lm.train()
+    for tokens, labels in batches:
+        real = labels >= 0
+        hidden, _, stats = lm(tokens.masked_fill(~real, 0), keep=real)
+        loss = lm.loss(hidden, labels)
+        with torch.no_grad():
+            honest = F.cross_entropy(lm.logits(hidden[real]), labels[real])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        counts = torch.stack([s.counts for s in stats])
+        lm.update_router_biases(counts)
+        yield loss.item(), honest.item(), counts

@@ -92,15 +92,19 @@ def sampling_floor(tokens: int, num_experts: int, k: int) -> float:
 # ---------------------------------------------------------------- drops
 
 
-def drop_law(tokens: int, num_experts: int, k: int, factor: float) -> float:
-    """Share of assignments that an even, random router loses in a sequence: E max(X - capacity, 0) / mean, X normal."""
-    mean = k * tokens / num_experts
-    spread = math.sqrt(mean * (1 - k / num_experts))
-    if spread == 0:
-        return max(0.0, 1 - factor)
-    z = (expert_capacity(tokens, num_experts, k, factor) - mean) / spread
-    density, above = math.exp(-z * z / 2) / math.sqrt(2 * math.pi), math.erfc(z / math.sqrt(2)) / 2
-    return spread / mean * (density - z * above)
+def drop_law(tokens: int, num_experts: int, k: int, factor: float) -> tuple[float, float]:
+    """Share of assignments that an even, random router loses in a sequence: E max(c - capacity, 0) / mean, exactly.
+
+    An expert's load c is Binomial(N, k / E): each token takes the expert or not. Also returned: the standard deviation
+    of one expert's share. Where one expert is full the others are emptier, so the mean over S sequences and all their
+    experts has a standard error of at most that / sqrt(S E).
+    """
+    share = torch.tensor(k / num_experts, dtype=torch.float64)
+    load = torch.arange(tokens + 1, dtype=torch.float64)
+    chance = torch.distributions.Binomial(tokens, share).log_prob(load).exp()
+    over = (load - expert_capacity(tokens, num_experts, k, factor)).clamp(min=0) / (tokens * share)
+    mean = (chance * over).sum()
+    return float(mean), float((chance * (over - mean).square()).sum().sqrt())
 
 
 def served(experts: Tensor, num_experts: int, capacity: int, priority: Tensor) -> Tensor:

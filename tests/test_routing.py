@@ -1,5 +1,7 @@
 """The measurements behind notebook 02: laws against Monte Carlo, who looks ahead, what experts do."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import seeded
@@ -63,21 +65,30 @@ def test_steps_to_balance_follow_the_law():
 # ---------------------------------------------------------------- drops
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.1, 1.2])
 @pytest.mark.parametrize(("tokens", "num_experts", "k"), [(512, 8, 1), (512, 8, 2), (256, 16, 4)])
 def test_drop_law_against_monte_carlo(tokens, num_experts, k, factor, generator):
-    experts = random_experts(200, tokens, num_experts, k, generator)
+    experts = random_experts(300, tokens, num_experts, k, generator)
     kept = moe.within_capacity(experts, num_experts, moe.expert_capacity(tokens, num_experts, k, factor))
-    measured = 1 - kept.double().mean()
-    assert routing.drop_law(tokens, num_experts, k, factor) == pytest.approx(float(measured), rel=0.06, abs=2e-3)
+    law, spread = routing.drop_law(tokens, num_experts, k, factor)
+    assert abs(float(1 - kept.double().mean()) - law) < 5 * spread / (300 * num_experts) ** 0.5
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+def test_drop_law_by_counting(factor):
+    """Six tokens that choose two of three experts: every one of 3^6 equally likely ways, for the first expert."""
+    loads = [sum(way) for way in itertools.product((0, 1, 1), repeat=6)]  # two of the three pairs hold the expert
+    over = torch.tensor([max(load - 4 * factor, 0) / 4 for load in loads], dtype=torch.float64)
+    law, spread = routing.drop_law(6, 3, 2, factor)
+    assert law == pytest.approx(float(over.mean())) and spread == pytest.approx(float(over.std(correction=0)))
 
 
 def test_drop_law_published():
     """kN = 1,024 and 8,192 independent assignments to 8 experts at capacity factor 1; nothing to speak of at 1.25."""
-    assert routing.drop_law(1024, 8, 1, 1.0) == pytest.approx(0.0330, abs=5e-5)
-    assert routing.drop_law(8192, 8, 1, 1.0) == pytest.approx(0.0117, abs=5e-5)
-    assert routing.drop_law(1024, 8, 1, 1.25) < 1e-4
-    assert routing.drop_law(512, 8, 8, 1.0) == 0
+    assert routing.drop_law(1024, 8, 1, 1.0)[0] == pytest.approx(0.0330, abs=5e-5)
+    assert routing.drop_law(8192, 8, 1, 1.0)[0] == pytest.approx(0.0117, abs=5e-5)
+    assert routing.drop_law(1024, 8, 1, 1.25)[0] < 1e-4
+    assert routing.drop_law(512, 8, 8, 1.0)[0] == 0
 
 
 @pytest.mark.parametrize("capacity", [1, 5, 9, 40])
