@@ -36,6 +36,7 @@ PYDOCS_PROMPTS = (
     "Parameters\n",
 )
 TEXT = (".txt", ".md", ".rst", ".py")
+_END = 1 << 20  # bytes at either end of a file that name its content
 _CUT = 8_000  # characters: a text file becomes documents of about this size
 
 
@@ -183,7 +184,11 @@ class MemoryCorpus(Corpus):
 
 
 class TableCorpus(Corpus):
-    """Rows of tables, a document each; which are held out follows from the hash of their text."""
+    """Rows of tables, a document each; which are held out follows from the hash of their text.
+
+    Joined rows (`join`, for wikitext) are cut at the borders of blocks too, `data.block_size` rows: an article across
+    one becomes two documents, of which one may be held out and the other trained on.
+    """
 
     tokenizer = "gpt2"
 
@@ -191,8 +196,8 @@ class TableCorpus(Corpus):
         self.name, self._data, self._join = name, data, join
         self._tables = Tables(name, files, column, data)
         self.shards = len(self._tables.files)
-        names = [(file.name, file.size) for file in files]
-        self.fingerprint = digest(name, names, column, data.held_out, data.fraction, data.block_size)
+        shards = [(file.name, file.size, file.content) for file in files]
+        self.fingerprint = digest(name, shards, column, data.held_out, data.fraction, data.block_size)
 
     def _documents(self, shard: int, row: int) -> tuple[list[tuple[str, bool]], int] | None:
         rows = self._tables.block(shard, row)
@@ -240,7 +245,7 @@ def _open_hub(data: DataConfig, repository: str, config: str | None, column: str
 def _open_local(data: DataConfig, path: Path) -> Corpus:
     found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if tables := [p for p in found if p.name.endswith(FORMATS)]:
-        files = [File(p.name, p.stat().st_size, functools.partial(_open_file, p)) for p in tables]
+        files = [File(p.name, p.stat().st_size, _ends(p), functools.partial(_open_file, p)) for p in tables]
         return TableCorpus(path.name, files, data.column, data)
     documents = {}
     for file in (p for p in found if p.suffix in TEXT or p == path):
@@ -253,6 +258,17 @@ def _open_local(data: DataConfig, path: Path) -> Corpus:
     if not documents:
         raise ValueError(f"corpus must hold files {', '.join(TEXT + FORMATS)}, got none in {path}")
     return MemoryCorpus(path.name, documents, data)
+
+
+def _ends(path: Path) -> str:
+    """What names the content of a file of any size at once: the hash of its first and last MiB, parquet's index in it.
+
+    A change between them that leaves the size as it was goes unseen.
+    """
+    with path.open("rb") as file:
+        first = file.read(_END)
+        file.seek(max(0, path.stat().st_size - _END))
+        return hashlib.sha256(first + file.read()).hexdigest()
 
 
 def _open_file(path: Path, retry: Any) -> BinaryIO:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 
 class Processes:
     """This process among the `world` that torchrun started, or alone without torchrun. The `first` one writes.
 
-    A process group that is there already is used, and left to its owner.
+    A process group that is there already is used, and left to its owner. Of an error that ends the processes, the first
+    to fail tells, whichever it is; the others, which it leaves alone in some exchange, end in silence with code 1.
     """
 
     def __init__(self) -> None:
@@ -35,9 +37,15 @@ class Processes:
             dist.init_process_group()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        failed = self.world > 1 and isinstance(error, Exception)
+        turn = _get_default_store().add("dsl/failed", 1) if failed else 0
         if self.owner:
             dist.destroy_process_group()
+        if turn == 1:
+            error.add_note(f"process {self.rank} of {self.world} failed first")
+        elif turn:
+            raise SystemExit(1) from error
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module, its gradients averaged over processes."""
@@ -66,13 +74,14 @@ class Processes:
 
 
 class Interrupt:
-    """While open, the first SIGINT or SIGTERM only sets `asked`; the second does what it would have done before.
+    """While open, a first SIGINT or SIGTERM only sets `asked`; the same one again does what it would have done before.
 
+    One after the other is no second thought: papermill's Ctrl-C sends its kernel SIGINT, and SIGTERM 2.5 s later.
     Signals reach the main thread alone: in another one this does nothing.
     """
 
     def __enter__(self) -> Interrupt:
-        self.asked, self.before = False, {}
+        self.seen, self.before = set(), {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._ask)
@@ -82,10 +91,14 @@ class Interrupt:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def asked(self) -> bool:
+        return bool(self.seen)
+
     def _ask(self, number: int, frame) -> None:
-        if self.asked:
+        if number in self.seen:
             self.__exit__()
             signal.raise_signal(number)
-        self.asked = True
-        # Straight to the descriptor: print and logging may be what was interrupted.
-        os.write(2, b"interrupted: finishing the step, then saving (once more quits at once)\n")
+        if not self.seen:  # straight to the descriptor: print and logging may be what was interrupted
+            os.write(2, b"interrupted: finishing the step, then saving (once more quits at once)\n")
+        self.seen.add(number)

@@ -110,11 +110,14 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Goes back to saved random numbers; those of devices that are not here are left out."""
+    """Goes back to saved random numbers; those of GPUs only where as many are here, else the log says so."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(_tensor(state["torch"]))
-    if device.type == "cuda" and len(state["cuda"]) == torch.cuda.device_count():
+    saved, here = len(state["cuda"]), torch.cuda.device_count() if device.type == "cuda" else 0
+    if saved != here:
+        logger.info("random numbers of GPUs do not go on: the checkpoint holds those of %d, here are %d", saved, here)
+    elif here:
         torch.cuda.set_rng_state_all([*map(_tensor, state["cuda"])])
 
 

@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,38 @@ def columns(moe_layers: Iterable[int]) -> tuple[str, ...]:
     return (*RUN_COLUMNS, *TIME_COLUMNS, *layers)
 
 
+@contextmanager
+def _writing(path: Any) -> Iterator[None]:
+    """Says of a full disk, or one that cannot be written, which file wanted it and what there still is."""
+    try:
+        yield
+    except OSError as error:
+        kept = "The last good checkpoint is kept; with that mended, the same command goes on from it"
+        raise OSError(f"cannot write {path}: {error.strerror or error}. {kept}") from error
+
+
+class _File(logging.FileHandler):
+    """A log file that stops the run where it cannot be written, as the tables do; logging would print and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with _writing(self.baseFilename):
+            raise
+
+
 class RunLog:
     """The log folder of one run, open. As a context manager it sends what the `dsl` loggers say to a new log file and,
     unless `live` is None, to whoever watches: the terminal, and the notebook cell where `live` is true.
 
-    `folder=None` is a process that writes no files.
+    `folder=None` is a process that writes no files. Every method raises OSError, with one message that names the file.
     """
 
     def __init__(self, folder: Path | None, live: bool | None = None):
         self.folder, self.columns, self.files = folder, (), []
         self.handlers: list[logging.Handler] = []
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(folder / time.strftime("%Y-%m-%dT%H-%M-%S.log"), encoding="utf-8")
+            with _writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = _File(folder / time.strftime("%Y-%m-%dT%H-%M-%S.log"), encoding="utf-8")
             file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             self.handlers.append(file)
         if live is not None:
@@ -65,13 +85,16 @@ class RunLog:
 
     def __exit__(self, kind, error, trace) -> None:
         for handler in reversed(self.handlers):  # the file last: whoever watches is told of an error by who catches it
-            if error is not None and handler is self.handlers[0]:
-                logger.error("%s: %s", kind.__name__, error)
+            with suppress(OSError):  # a full disk, of which the run knows: each row and line was flushed before
+                if error is not None and handler is self.handlers[0]:
+                    logger.error("%s: %s", kind.__name__, error)
             logger.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
         logger.setLevel(self.level)
         for file in self.files:
-            file.close()
+            with suppress(OSError):
+                file.close()
 
     def open_tables(self, moe_layers: Iterable[int], step: int = 0, *, archive: bool = False) -> None:
         """Open both tables to go on after `step`: rows beyond it are cut, since the run will write them again.
@@ -81,7 +104,8 @@ class RunLog:
         self.columns = columns(moe_layers)
         for name, header in (("metrics.csv", self.columns), ("generations.csv", GENERATION_COLUMNS)):
             if self.folder is not None:
-                self.files.append(_reopen(self.folder / name, header, step, archive))
+                with _writing(self.folder / name):
+                    self.files.append(_reopen(self.folder / name, header, step, archive))
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append one row to metrics.csv; a column without a value stays empty."""
@@ -93,20 +117,24 @@ class RunLog:
 
     def _write(self, table: int, row: list) -> None:
         for file in self.files[table : table + 1]:
-            csv.writer(file).writerow(row)
-            file.flush()
+            with _writing(file.name):
+                csv.writer(file).writerow(row)
+                file.flush()
 
     def sync(self) -> None:
         """Put both tables on the disk itself: a checkpoint that outlives a power cut has its rows."""
         for file in self.files:
-            os.fsync(file.fileno())
+            with _writing(file.name):
+                os.fsync(file.fileno())
 
     def hparams(self, settings: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Write hparams.yaml: every setting, and a `record` of where and with what the run was made."""
         if self.folder:
-            new, both = self.folder / "hparams.yaml.new", {**settings, "record": dict(record)}
-            new.write_text(yaml.safe_dump(both, sort_keys=False, allow_unicode=True), encoding="utf-8")
-            os.replace(new, self.folder / "hparams.yaml")
+            path, both = self.folder / "hparams.yaml", {**settings, "record": dict(record)}
+            with _writing(path):
+                new = path.with_name("hparams.yaml.new")
+                new.write_text(yaml.safe_dump(both, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                os.replace(new, path)
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -142,7 +143,7 @@ def preset(name: str, **flat: Any) -> Run:
 
 
 def _preset(name: Any) -> dict[str, Any]:
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise SettingsError(f"unknown preset {name!r}{suggest(name, PRESETS)}")
     return PRESETS[name]
 
@@ -271,20 +272,34 @@ def parameters(namespace: Mapping[str, Any], **schema: Any) -> Any:
         raise ParameterError(error.problems) from None
 
 
-def notebook_run(namespace: Mapping[str, Any], default: str = "quickstart", also: Collection[str] = ()) -> Run:
+def _given(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a notebook that describes a run; without those that leave a value to the preset."""
+    cell, injected = _cells(namespace, "preset")
+    optional = {n for n, s in FIELDS.items() if NoneType in kinds(SECTIONS[s].model_fields[n].annotation)}
+    flat = {name: namespace[name] for name in (*cell, *injected)}
+    flat = {name: v for name, v in flat.items() if v is not None or (name in injected and name in optional)}
+    return {**flat, "preset": "tiny"} if smoke() and "preset" not in injected else flat
+
+
+def notebook_run(namespace: Mapping[str, Any], default: str = "quickstart", **also: Any) -> Run:
     """The run that a notebook's parameters describe: preset, run_name, mixer, and any setting by its field name.
 
-    Parameters in `also` are the notebook's own business.
+    Parameters in `also`, with their types, are the notebook's own business.
     None means the preset's value, but where papermill passes None to a setting that may be None. Under DSL_SMOKE
     the preset is `tiny`, unless papermill passes one. Raises ParameterError.
     """
-    cell, injected = _cells(namespace, "preset")
-    optional = {n for n, s in FIELDS.items() if NoneType in kinds(SECTIONS[s].model_fields[n].annotation)}
-    flat = {name: namespace[name] for name in (*cell, *injected) if name not in also}
-    flat = {name: v for name, v in flat.items() if v is not None or (name in injected and name in optional)}
-    if smoke() and "preset" not in injected:
-        flat["preset"] = "tiny"
+    flat = _given(namespace)
+    own = create_model("Parameters", __base__=Section, **{name: (kind, None) for name, kind in also.items()})
     try:
+        own(**{name: flat.pop(name) for name in also if name in flat})
         return preset(flat.pop("preset", default), **flat)
     except SettingsError as error:
         raise ParameterError(error.problems) from None
+
+
+def papermill_command(namespace: Mapping[str, Any], notebook: str, **changes: Any) -> str:
+    """What to type in a shell for the notebook with the parameters that it has here, some of them changed."""
+    words = ["papermill", notebook, "out.ipynb"]
+    for name, value in {**_given(namespace), **changes}.items():
+        words += ["-p", name, json.dumps(list(value)) if isinstance(value, list | tuple) else str(value)]
+    return shlex.join(words)

@@ -44,10 +44,11 @@ class StreamError(RuntimeError):
 
 
 class File(NamedTuple):
-    """A shard: its name, its size in bytes, and how to open it for reading at random."""
+    """A shard: its name, its size in bytes, what names its content, and how to open it for reading at random."""
 
     name: str
     size: int
+    content: str
     open: Callable[[Retry], io.IOBase]
 
 
@@ -123,7 +124,8 @@ def _listing(repository: str, revision: str | None, data: DataConfig) -> tuple[l
     files = []
     for each in info.siblings:
         url = hf_hub_url(repository, each.rfilename, repo_type="dataset", revision=info.sha)
-        files.append(File(each.rfilename, each.size, functools.partial(HubFile, url, each.size)))
+        # a large file's blob is the pointer to it, which holds its sha256
+        files.append(File(each.rfilename, each.size, each.blob_id, functools.partial(HubFile, url, each.size)))
     card = info.card_data.to_dict() if info.card_data else {}
     return files, {entry.get("config_name", "default"): entry for entry in card.get("configs") or []}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from dsl import checkpoint, evaluation, optim, resume, runlog
@@ -34,6 +34,7 @@ from dsl.settings import Run
 
 logger = logging.getLogger(__name__)
 LEAST_SCALE = 1.0  # of fp16 gradients: where these still overflow, no scale will help
+CPU_MEMORY = "DefaultCPUAllocator"  # out of memory on a CPU is a RuntimeError like any other, but for its text
 
 
 class TrainingError(RuntimeError):
@@ -140,21 +141,33 @@ class Trainer:
 
     def take_step(self) -> bool:
         """One batch; whether it made a step."""
-        train, scaler, began = self.run.train, self.precision.scaler, time.perf_counter()
+        train, began = self.run.train, time.perf_counter()
         self.rate = optim.learning_rate(train, self.step)
         self.optimizer.set_lr(self.rate)
-        rows = train.per_device_train_batch_size
         try:
-            batch = self.stream.next(rows * train.gradient_accumulation_steps)
+            batch = self.stream.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
         except StreamError:
             self.save()
             raise
         try:
-            total = accumulate(self.objective, batch[:, :-1], batch[:, 1:], rows, self.precision, self.processes)
-        except torch.OutOfMemoryError as error:
+            total, good = self._learn(batch)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY not in str(error):
+                raise
             raise TrainingError(self._out_of_memory(error)) from None
+        self.step, self.bad, self.skipped = self.step + good, 0 if good else self.bad + 1, self.skipped + (not good)
+        self.tokens += batch[:, 1:].numel()
+        self.interval.spend(time.perf_counter() - began, batch[:, 1:].numel())
+        if not good:
+            self._left_behind(total[0].item())
+        return good
+
+    def _learn(self, batch: Tensor) -> tuple[Tensor, bool]:
+        """The tally of a batch [R, T+1], and whether it was finite and moved the weights."""
+        rows, scaler = self.run.train.per_device_train_batch_size, self.precision.scaler
+        total = accumulate(self.objective, batch[:, :-1], batch[:, 1:], rows, self.precision, self.processes)
         scaler.unscale_(self.optimizer)
-        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.max_grad_norm)
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.train.max_grad_norm)
         good = bool((self.norm + total[0]).isfinite())
         if good:
             scaler.step(self.optimizer)
@@ -165,12 +178,7 @@ class Trainer:
             if scaler.get_scale() < LEAST_SCALE:
                 scaler.update(LEAST_SCALE)
         self.optimizer.zero_grad()
-        self.step, self.bad, self.skipped = self.step + good, 0 if good else self.bad + 1, self.skipped + (not good)
-        self.tokens += batch[:, 1:].numel()
-        self.interval.spend(time.perf_counter() - began, batch[:, 1:].numel())
-        if not good:
-            self._left_behind(total[0].item())
-        return good
+        return total, good
 
     def _left_behind(self, loss: float) -> None:
         what = f"loss {loss:.4g}, gradient norm {self.norm.item():.4g}, lr {self.rate:.3g}"
@@ -186,7 +194,7 @@ class Trainer:
         path = checkpoint.newest(self.run.run_dir)[0]
         return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
 
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+    def _out_of_memory(self, error: RuntimeError) -> str:
         train, device = self.run.train, self.precision.device
         rows, advice = train.per_device_train_batch_size, "a shorter max_position_embeddings or a smaller model"
         whole = rows * train.gradient_accumulation_steps

@@ -7,6 +7,7 @@ then HF_ENDPOINT=... is all that a program needs.
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import re
@@ -93,7 +94,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._reply(b"", 404, {"X-Error-Code": "RevisionNotFound" if revision else "RepoNotFound"})
             return
         files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-        listed = [{"rfilename": n, "size": p.stat().st_size} for n, p in files.items() if not n.startswith(".")]
+        listed = [
+            {"rfilename": n, "size": p.stat().st_size, "blobId": hashlib.sha1(p.read_bytes()).hexdigest()}
+            for n, p in files.items()
+            if not n.startswith(".")
+        ]
         card = folder / "card.json"
         about = {
             "id": name,

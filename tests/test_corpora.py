@@ -211,6 +211,22 @@ def test_fraction_is_the_first_share_of_the_shards_and_of_the_rows_in_the_last(t
     assert corpus.shards == 3 and training(corpus) == kept and len(kept) > 100
 
 
+@pytest.mark.parametrize("where", ["local", "hub"])
+def test_an_edited_shard_of_the_same_size_is_another_corpus(hub, where):
+    """And its held-out documents are read anew; one that is only written again is the same."""
+    path = hub.folder / "some" / "body" / "data.jsonl"
+    path.parent.mkdir(parents=True)
+    (path.parent / "card.json").write_text(json.dumps({"configs": [{"data_files": "data.jsonl"}]}))
+    data = settings("hf:some/body" if where == "hub" else f"local:{path}", held_out=0.2)
+    found = []
+    for word in ("first", "first", "other"):
+        path.write_text("".join(json.dumps({"text": f"The {word} text, {i}."}) + "\n" for i in range(50)))
+        corpus = open_corpus(data)
+        found.append((path.stat().st_size, corpus.fingerprint, *corpus.held_out_documents()))
+    assert found[0] == found[1] and found[2][0] == found[0][0] and found[2][1] != found[0][1]
+    assert found[0][2].startswith("The first") and found[2][2].startswith("The other")
+
+
 # ---------------------------------------------------------------- the hub
 
 

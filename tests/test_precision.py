@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_stopped_amid_overflows_it_goes_on_bit_for_bit():
 
 @pytest.mark.slow
 def test_notebook_03_in_fp16_draws_its_scale_and_the_loss_over_that_of_fp32(home):  # noqa: F811
-    digests = []
+    digests, commands = [], []
     for parameters in (["-p", "run_name", "full"], ["-p", "precision", "fp16", "-p", "init_scale", str(2.0**22)]):
         command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(NOTEBOOK), str(home / "out.ipynb")]
         command += [*parameters, "-p", "preset", "tiny", "-p", "max_bad_steps", "40", "-p", "logging_steps", "1"]
@@ -62,7 +63,15 @@ def test_notebook_03_in_fp16_draws_its_scale_and_the_loss_over_that_of_fp32(home
         assert done.returncode == 0, done.stderr[-3000:]
         cells = json.loads((home / "out.ipynb").read_text())["cells"]
         outputs = [out.get("data", {}) for cell in cells for out in cell.get("outputs", [])]
+        printed = ["".join(out.get("text", "")) for cell in cells for out in cell.get("outputs", [])]
+        commands.append(next(text for text in printed if text.startswith("papermill ")).splitlines()[0])
         digests.append(next("".join(o["text/plain"]) for o in outputs if "training loss" in str(o.get("text/plain"))))
     assert "scale of the fp16 loss" not in digests[0] and "run beside" not in digests[0]
-    assert "scale of the fp16 loss" in digests[1] and "batches left out: 20 points" in digests[1]
+    assert "scale of the fp16 loss" in digests[1] and re.search(r"\b[1-9]\d* batches left out: 20 points", digests[1])
     assert "training loss of the run beside: 20 points" in digests[1]
+    go_on = (
+        "papermill notebooks/03_train.ipynb out.ipynb -p preset tiny -p precision fp16 -p beside full -p max_steps 40"
+    )
+    assert sorted(commands[1].split()) == sorted(
+        f"{go_on} -p init_scale 4194304.0 -p max_bad_steps 40 -p logging_steps 1".split()
+    )

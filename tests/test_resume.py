@@ -1,16 +1,24 @@
 """A run that is stopped, killed or interrupted anywhere ends bit for bit like one that was not (CPU, one thread)."""
 
 import json
+import logging
+import platform
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, assert_same, cache, elsewhere, home, make, table, train  # noqa: F401
+import yaml
+from runs import SMALL, assert_same, cache, elsewhere, home, make, table, tensors, train  # noqa: F401
 
-from dsl import checkpoint, data, hub, training
+from dsl import checkpoint, data, hub, resume, training
+from dsl.__main__ import main
+from dsl.runlog import TIME_COLUMNS
 from dsl.settings import Run
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -133,12 +141,31 @@ def test_the_first_new_step_is_as_much_work_at_step_100000_as_at_step_10(monkeyp
     assert int(checkpoint.read_trainer(checkpoint.newest(run.run_dir)[0])["epoch"]) >= 50_000
 
 
-def test_hparams_repeat_the_run():
+def test_random_numbers_of_gpus_that_are_not_here_are_left_out_with_a_line(caplog):
+    caplog.set_level(logging.INFO)
+    state, device = resume.random_state(torch.device("cpu")), torch.device("cpu")
+    resume.set_random_state(state, device)
+    assert not caplog.messages
+    resume.set_random_state({**state, "cuda": [state["torch"]] * 2}, device)
+    assert caplog.messages == ["random numbers of GPUs do not go on: the checkpoint holds those of 2, here are 0"]
+
+
+def test_hparams_say_what_made_the_run_and_repeat_it_in_a_fresh_home(home, monkeypatch, capsys):  # noqa: F811
     train("first")
-    again = Run.from_yaml(make("first").log_dir / "hparams.yaml").override(run_name="again")
-    assert again == make("again")
-    train("again")
-    assert_same(make("first"), make("again"), 12)
+    file, before = make("first").log_dir / "hparams.yaml", (table(make("first")), tensors(make("first"), 12))
+    record = yaml.safe_load(file.read_text())["record"]
+    assert record["corpus"] == data.open_corpus(make().data).fingerprint and len(record["corpus"]) == 16
+    assert (record["threads"], record["python"]) == (1, platform.python_version())
+    assert record["versions"]["torch"] == torch.__version__ and record["precision"].startswith("fp32 on cpu")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert (record["git_revision"] is None) == (head.returncode != 0)
+
+    monkeypatch.setenv("DSL_HOME", str(home / "fresh"))
+    assert main(["train", "--config", str(file)]) == 0 and "status: finished" in capsys.readouterr().out
+    again = table(make("first")), tensors(make("first"), 12)
+    rows = [[{k: v for k, v in row.items() if k not in TIME_COLUMNS} for row in each] for each, _ in (before, again)]
+    assert rows[0] == rows[1] and rows[0]
+    assert all(torch.equal(value, again[1][name]) for name, value in before[1].items())
 
 
 @pytest.mark.slow
@@ -181,21 +208,48 @@ def wait_for(process, ready, seconds=120):
     raise AssertionError("the run did not get there")
 
 
+# ---------------------------------------------------------------- several processes
+
+WIDE = {"per_device_train_batch_size": 6, "save_steps": 4, "save_total_limit": 9, "logging_steps": 1}
+
+
+def torchrun(home, count: int, code: str) -> tuple[int, str]:  # noqa: F811
+    """Run code in so many processes; the exit code, and what they and torchrun say on stderr."""
+    (home / "ddp.py").write_text(code)
+    words = ["torchrun", f"--nproc-per-node={count}", "--standalone", str(home / "ddp.py")]
+    code = f"import sys\nfrom torch.distributed.run import main\nsys.argv = {words}\nmain()"
+    process = elsewhere(code, stderr=-1)
+    errors = process.communicate()[1]
+    return process.returncode, errors
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_and_may_become_one(home):  # noqa: F811
-    """torchrun with DDP: gradients in fp64 to rounding, counts exactly; a run goes from one process to two and back."""
-    (home / "ddp.py").write_text(DDP)
-    arguments = ["torchrun", "--nproc-per-node=2", "--standalone", str(home / "ddp.py")]
-    process = elsewhere(
-        f"import sys\nfrom torch.distributed.run import main\nsys.argv = {arguments}\nmain()", stderr=-1
-    )
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    found = json.loads((home / "ddp.json").read_text())
-    assert found["difference"] < 1e-12 and found["counts"]
-    assert found["steps"] == [4, 8]
-    assert train(max_steps=12).status == "finished"
-    assert [row["step"] for row in table(make())] == ["4", "6", "8", "12"]
+def test_the_number_of_processes_may_change_at_a_resume(home):  # noqa: F811
+    """From 2 to 1, 1 to 2, and 2 to 3: the same place in the data and the same losses as one process, to rounding.
+
+    And within a step, in fp64: gradients to rounding, counts exactly.
+    """
+    train("one", **WIDE)
+    train("many", stop_at_step=4, **WIDE)
+    for count, stop in ((2, 8), (3, 12)):
+        code, errors = torchrun(home, count, DDP.format(settings={**WIDE, "stop_at_step": stop}))
+        assert code == 0, errors[-3000:]
+        found = json.loads((home / "ddp.json").read_text())
+        assert found["world"] == count and found["difference"] < 1e-12 and found["counts"]
+        if count == 2:
+            shutil.copytree(make("many").run_dir, make("back").run_dir)
+            shutil.copytree(make("many").log_dir, make("back").log_dir)
+    train("back", **WIDE)
+    for name in ("many", "back"):
+        for step in (4, 8, 12):
+            folders = [checkpoint.step_dir(make(run).run_dir, step) for run in ("one", name)]
+            cursors = [checkpoint.read_trainer(folder)["data"] for folder in folders]
+            assert cursors[0] == cursors[1] and cursors[0]["taken"], (name, step)
+        rows = [table(make(run)) for run in ("one", name)]
+        assert [row["step"] for row in rows[1]] == [str(step) for step in range(1, 13)]
+        for column in ("loss", "grad_norm", "held_out_bits_per_byte", "tokens", "maxvio_0"):
+            figures = [[float(row[column] or 0) for row in each] for each in rows]
+            assert figures[1] == pytest.approx(figures[0], rel=1e-3), (name, column)
 
 
 DDP = """
@@ -206,8 +260,7 @@ from dsl.model import LanguageModel
 from dsl.processes import Processes
 
 torch.distributed.init_process_group()
-steps = [runs.train(stop_at_step=4).step]
-steps.append(runs.train(stop_at_step=8).step)
+runs.train("many", **{settings})
 torch.manual_seed(1)
 model = LanguageModel(runs.make().model).double()
 tokens, labels = torch.randint(300, (2, 10, 16))
@@ -222,7 +275,32 @@ os.environ["RANK"], rank = "0", os.environ["RANK"]
 expected = accumulate(Objective(model), tokens, labels, 5, precision, Processes())
 difference = max((a - p.grad).abs().max().item() for a, p in zip(found, model.parameters(), strict=True))
 if rank == "0":
-    values = {"difference": difference, "counts": torch.equal(tally[5:], expected[5:]), "steps": steps}
+    values = dict(difference=difference, counts=torch.equal(tally[5:], expected[5:]), world=processes.world)
     pathlib.Path(os.environ["DSL_HOME"], "ddp.json").write_text(json.dumps(values))
 torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_where_one_process_fails_all_end_and_one_tells(home):  # noqa: F811
+    code, errors = torchrun(home, 2, FAILS)
+    assert code == 1 and [int(path.read_text()) for path in sorted(home.glob("step.*"))] == [3, 3]
+    assert errors.count("TrainingError: cpu is out of memory with 2 rows at a time") == 1, errors
+    assert errors.count("process 1 of 2 failed first") == 1 and errors.count("Traceback") <= 2, errors  # and torchrun's
+    assert "peer" not in errors
+
+
+FAILS = """
+import os, pathlib, torch, runs
+from dsl import training
+
+real, calls = training.accumulate, []
+def accumulate(*given):
+    calls.append(given)
+    rank = os.environ["RANK"]
+    pathlib.Path(os.environ["DSL_HOME"], "step." + rank).write_text(str(len(calls)))
+    return torch.empty(1 << 60) if rank == "1" and len(calls) == 3 else real(*given)
+training.accumulate = accumulate
+runs.train()
 """

@@ -2,12 +2,15 @@
 
 import dataclasses
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import nbformat
+import papermill.cli
 import pytest
 
 import dsl
@@ -373,6 +376,38 @@ def test_smoke_takes_the_tiny_preset_but_not_from_papermill(notebook, monkeypatc
     monkeypatch.setenv("DSL_SMOKE", "1")
     assert notebook(CELL.replace("tiny", "quickstart")).name == "tiny"
     assert notebook("# Parameters\npreset = 'hybrid'\n").name == "hybrid"
+
+
+def test_a_notebooks_own_parameter_is_checked_beside_the_runs(notebook):
+    for value in ("None", "'other'", "2026"):
+        assert notebook(CELL + f"beside = {value}\n", beside=str | int | None) == preset("tiny")
+    with pytest.raises(ParameterError, match=r"beside must be a valid string, got \['a'\]"):
+        notebook(CELL + "beside = ['a']\n", beside=str | int | None)
+
+
+@pytest.mark.parametrize("value", [["a"], 3, {}])
+def test_a_preset_that_is_no_name_is_refused_like_an_unknown_one(notebook, value):
+    with pytest.raises(ParameterError, match=f"^unknown preset {re.escape(repr(value))}"):
+        notebook(CELL, f"# Parameters\npreset = {value!r}\n")
+
+
+INJECTED = {
+    **{"preset": "linear_moe", "run_name": "mine", "mixer": "delta", "corpus": "local:/a folder's/$HOME"},
+    **{"capacity_factor": None, "norm_topk_prob": False, "learning_rate": 3e-4, "moe_layers": (0, 2)},
+    **{"prompts": ["It's", 'a "b", c'], "hidden_size": "96", "num_attention_heads": 3, "num_key_value_heads": 1},
+}
+
+
+def test_the_papermill_command_gives_the_same_run_when_it_is_typed(notebook):
+    """Through the shell's words and papermill's own reading of them."""
+    cell = CELL + "beside = None\n"
+    run = notebook(cell, "# Parameters\n" + "".join(f"{n} = {v!r}\n" for n, v in INJECTED.items()), beside=str | None)
+    text = notebook(call=lambda names: settings.papermill_command(names, "03.ipynb", max_steps=20_000))
+    words = shlex.split(text)
+    assert words[:3] == ["papermill", "03.ipynb", "out.ipynb"] and set(words[3::3]) == {"-p"}
+    typed = {name: papermill.cli._resolve_type(value) for name, value in zip(words[4::3], words[5::3], strict=True)}
+    again = notebook(cell, "# Parameters\n" + "".join(f"{n} = {v!r}\n" for n, v in typed.items()), beside=str | None)
+    assert again == run.override(max_steps=20_000) and again.name == "mine" and "beside" not in typed
 
 
 def test_plain_parameters(notebook):

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from runs import cache, elsewhere, home, make, table, tensors, train  # noqa: F401
 
-from dsl import checkpoint, data, optim, training
+from dsl import checkpoint, data, gradients, optim, training
 from dsl.runlog import columns
 from dsl.settings import Run
 
@@ -39,6 +39,8 @@ def test_a_run_leaves_its_figures_texts_settings_and_checkpoints(capfd):
         assert float(row["lr"]) == pytest.approx(optim.learning_rate(run.train, int(row["step"]) - 1), rel=1e-8)
         assert sum(map(float, row["load_1"].split(";"))) == pytest.approx(1, abs=1e-3)
         assert int(row["tokens"]) == int(row["step"]) * 64 and row["gpu_memory_mb"] == ""
+        assert float(row["grad_norm"]) > 0 and float(row["memory_mb"]) > 50 and float(row["cpu_percent"]) > 0
+        assert {name for name, text in row.items() if not text} <= {"gpu_memory_mb", "held_out_bits_per_byte"}
     assert float(rows[-1]["loss"]) == pytest.approx(summary.loss)
 
     prompts = [(row["step"], row["prompt"]) for row in table(run, "generations.csv")]
@@ -225,6 +227,20 @@ def test_out_of_memory_names_the_next_batch_to_try(monkeypatch):
         train(per_device_train_batch_size=1)
 
 
+@pytest.mark.parametrize("owner", [gradients.Objective, optim.Optimizer], ids=["forward", "optimizer"])
+def test_a_real_failed_allocation_on_a_cpu_names_the_next_batch_to_try(monkeypatch, owner):
+    """In the forward pass, and where the optimizer makes its moments; any other RuntimeError stays what it is."""
+    name = "forward" if owner is gradients.Objective else "step"
+    monkeypatch.setattr(owner, name, lambda self, *given: torch.empty(1 << 60))
+    expected = r"^cpu is out of memory with 2 rows at a time: try per_device_train_batch_size=1 gradient_acc.*=2, .*all"
+    with pytest.raises(training.TrainingError, match=expected):
+        train()
+    monkeypatch.setattr(owner, name, lambda self, *given: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size") as error:
+        train()
+    assert type(error.value) is RuntimeError
+
+
 # ---------------------------------------------------------------- signals
 
 
@@ -242,6 +258,19 @@ def test_a_signal_finishes_the_step_saves_once_and_returns(number, monkeypatch):
     assert (summary.status, summary.step, saves) == ("interrupted", 6, [5, 6])
     assert signal.getsignal(number) is handler
     assert train().status == "finished" and saves == [5, 6, 10, 12]
+
+
+def test_sigterm_after_sigint_is_not_the_second_interrupt():
+    """So papermill ends its kernel on Ctrl-C: a step that outlasts the pause between the two still gets saved."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(row):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    summary = train(on_log=ask)
+    assert (summary.status, summary.step) == ("interrupted", 4) and checkpoint.steps(make().run_dir) == [4]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_right_after_a_save_saves_no_second_time(monkeypatch):
@@ -344,6 +373,30 @@ def test_where_the_corpus_cannot_be_read_the_run_saves_and_fails(monkeypatch):
         train()
     assert checkpoint.steps(make().run_dir) == [5, 7]
     assert train().status == "finished"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full, on Linux only")
+@pytest.mark.parametrize("full", ["metrics.csv", "generations.csv", ".log"])
+def test_a_log_file_on_a_full_disk_is_named_and_the_last_good_checkpoint_is_kept(monkeypatch, capfd, full):
+    """From step 6 on, for which a row and texts are due: one error, no file left open, and the next call goes on."""
+    opened, take_step = [], training.Trainer.take_step
+
+    def fill(self):
+        if self.step == 5:
+            log = self.log.handlers[0]
+            table = next((file for file in self.log.files if file.name.endswith(full)), log.stream)
+            os.dup2(os.open("/dev/full", os.O_WRONLY), table.fileno())
+            opened.extend([*self.log.files, log.stream])
+        return take_step(self)
+
+    expected = rf"cannot write {make().log_dir}/.*{re.escape(full)}: No space left on device. The last good checkpoint"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=expected):
+        patch.setattr(training.Trainer, "take_step", fill)
+        train()
+    assert len(opened) == 3 and all(file.closed for file in opened)
+    assert "".join(capfd.readouterr()) == "" and not logging.getLogger("dsl").handlers
+    assert checkpoint.newest(make().run_dir) == (checkpoint.step_dir(make().run_dir, 5), [])
+    assert train().status == "finished" and [row["step"] for row in table(make())] == ["4", "6", "8", "12"]
 
 
 def test_a_prompt_longer_than_the_window_is_said_and_left_out(caplog):
