@@ -24,7 +24,7 @@ train: $(STAMP) ## run notebook 03, about three minutes: ARGS="-p max_steps 300 
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(STAMP) ## run the tests: ARGS="-k name" for some of them
-	$(PY) -m pytest tests -m "not install" $(PARALLEL) $(ARGS)
+	$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that take seconds, under a minute in all
 	$(PY) -m pytest tests -m "not slow and not install" $(PARALLEL) $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import sys
@@ -76,6 +77,8 @@ def _setting_flags(parser: Parser, *sections: str) -> None:
 def _address(parser: Parser, port: int, more: str) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=f"where to listen (127.0.0.1){more}")
     parser.add_argument("--port", type=int, default=port, metavar="N", help=f"({port})")
+    text = "in a container: where its engine shows the port, if that is not everywhere (127.0.0.1)"
+    parser.add_argument("--published", metavar="ADDRESS", help=text)
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -96,6 +99,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
             parser.add_argument("--json", action="store_true", help="print the result as JSON")
         if run not in (runs, train, web):
             parser.add_argument("--checkpoint", default="demo", metavar="NAME", help="run, folder or hub id (demo)")
+            text = "run this module first: the home of a mixer or router of yours that the checkpoint names"
+            parser.add_argument("--import", dest="module", metavar="MODULE", help=text)
         parsers[name] = parser
         return parser
 
@@ -126,10 +131,10 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     _setting_flags(command(evaluate, text, "dsl evaluate [options]"), "data")
     command(runs, "list the runs on disk")
     parser = command(serve, "answer over HTTP: /generate, OpenAI's /v1/completions and /v1/models, /health")
-    _address(parser, 8000, "; any other than this machine's own asks clients for the key in DSL_API_KEY")
+    _address(parser, 8000, "; any other than this machine's own wants a key in DSL_API_KEY; clients are asked for it")
     parser = command(web, "a web page over such a server")
     parser.add_argument("--api", default="http://127.0.0.1:8000", metavar="URL", help="the server (this machine's)")
-    _address(parser, 7860, "; the server's key is read from DSL_API_KEY")
+    _address(parser, 7860, "; likewise: the page asks for the server's key in DSL_API_KEY")
     return top, parsers
 
 
@@ -174,10 +179,10 @@ def generate(options: argparse.Namespace) -> int:
     from dsl import generation, hub
 
     model, tokenizer = hub.load(options.checkpoint)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
-    sampling, samples = {name: getattr(options, name) for name in names}, []
+    sampling = {field.name: getattr(options, field.name) for field in dataclasses.fields(generation.Sampling)}
+    first, samples = sampling.pop("seed"), []
     for number in range(options.samples):
-        seed = None if options.seed is None else options.seed + number
+        seed = None if first is None else first + number
         tokens, start = [], time.perf_counter()
         for token in generation.generate(model, tokenizer, prompt, seed=seed, **sampling):
             if not options.json:
@@ -231,14 +236,14 @@ def runs(options: argparse.Namespace) -> int:
 def serve(options: argparse.Namespace) -> int:
     from dsl import serving
 
-    serving.serve(options.checkpoint, host=options.host, port=options.port)
+    serving.serve(options.checkpoint, options.host, options.port, options.published)
     return 0
 
 
 def web(options: argparse.Namespace) -> int:
     from dsl import web as page
 
-    page.serve(options.api, host=options.host, port=options.port)
+    page.serve(options.api, options.host, options.port, options.published)
     return 0
 
 
@@ -246,9 +251,18 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise SettingsError(f"--import {module} failed: {error}") from None
+
+
 def _complain(error: BaseException, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
-        text = "; ".join(line for line in str(error).splitlines() if line.strip())
+    # Of the processes that torchrun started, all see a wrong setting; of other errors only the first comes here.
+    if code == 1 or os.environ.get("RANK", "0") == "0":
+        lines = [*str(error).splitlines(), *getattr(error, "__notes__", ())]
+        text = "; ".join(line for line in lines if line.strip())
         print(f"dsl: error: {text or type(error).__name__}", file=sys.stderr)
     return code
 
@@ -268,6 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         parsers[words[0]].error(f"unknown option {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
     try:
+        if module := getattr(options, "module", None):
+            _import(module)
         code = options.run(options)
         sys.stdout.flush()
         return code

@@ -21,7 +21,7 @@ from dsl.generation import Token
 from dsl.wire import CompletionBody, Refused, problem_of
 
 
-def _as_refusal(error: Exception) -> Refused:
+def as_refusal(error: Exception) -> Refused:
     if isinstance(error, Full):
         return Refused(503, f"{error}, try again later", **{"Retry-After": "2"})
     if isinstance(error, ValueError):  # of `generate`: opens with the field's name
@@ -52,12 +52,12 @@ class Answer:
         try:
             self.engine.submit(self.job)
         except Full as full:
-            raise _as_refusal(full) from None
+            raise as_refusal(full) from None
         watch, self.finish = asyncio.create_task(self._watch()), "length"
         try:
             while (item := await self.job.items.get()) is not None:
                 if isinstance(item, Exception):
-                    raise _as_refusal(item)
+                    raise as_refusal(item)
                 self.prompt_tokens, self.new = self.prompt_tokens or item.position, self.new + 1
                 text = self._settled(item.text)
                 yield text, [item]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl.attention import LatentState, LinearState, SoftmaxState, State
-from dsl.generation import Answer
+from dsl.generation import Reading
 from dsl.model import LanguageModel
 
 GROWS = {LinearState: (), SoftmaxState: ("keys", "values"), LatentState: ("latent", "rope_key")}  # with each time step
@@ -54,17 +54,17 @@ class Batch:
         """Whether another row may join: a registered mixer's own state is not known here, so it stays alone."""
         return not self.lengths or all(type(layer) in GROWS for layer in self.state)
 
-    def join(self, tokens: Tensor) -> Answer:
+    def join(self, tokens: Tensor) -> Reading:
         """Read a prompt [1, T]; its sequence becomes the last row."""
         hidden, state, stats = self.core(tokens)
         size, length = sum(layer.num_bytes for layer in state), state[0].length
-        answer = Answer(self.core.logits(hidden[:, -1]), [layer.experts[0, -1] for layer in stats], size)
+        reading = Reading(self.core.logits(hidden[:, -1]), [layer.experts[0, -1] for layer in stats], size)
         if self.lengths:
             longest = max(length, *self.lengths)
             pairs = zip(self.state, state, strict=True)
             state = [_stacked(_resized(old, longest), _resized(new, longest)) for old, new in pairs]
         self.state, self.lengths, self.base = state, [*self.lengths, length], [*self.base, (length, size)]
-        return answer
+        return reading
 
     def leave(self, stay: list[int]) -> None:
         """Keep these rows only, in this order."""
@@ -79,7 +79,7 @@ class Batch:
         if all(type(layer) in GROWS for layer in self.state):
             self.state = [_resized(layer, max(self.lengths)) for layer in self.state]
 
-    def step(self, tokens: Tensor) -> list[Answer]:
+    def step(self, tokens: Tensor) -> list[Reading]:
         """Read one token of each row, [B, 1]."""
         positions = torch.tensor(self.lengths, device=tokens.device)[:, None]
         hidden, self.state, stats = self.core(tokens, self.state, positions)
@@ -87,6 +87,6 @@ class Batch:
         grown = (getattr(s, n)[0, 0] for s in self.state for n in GROWS.get(type(s), ()))
         growth = sum(part.numel() * part.element_size() for part in grown)
         return [
-            Answer(logits[i : i + 1], [layer.experts[i, -1] for layer in stats], size + growth * (now - then))
+            Reading(logits[i : i + 1], [layer.experts[i, -1] for layer in stats], size + growth * (now - then))
             for i, (now, (then, size)) in enumerate(zip(self.lengths, self.base, strict=True))
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -163,6 +164,15 @@ def _choices() -> dict[str, tuple[str, ...]]:
     }
 
 
+def check_foreign(values: Mapping[str, Any]) -> None:
+    """For settings that a file brought: raises ValueError where they name a "module:Class" that nobody has imported."""
+    for name in ("linear_attention_kind", "full_attention_kind", "router"):
+        module, colon, _ = str(values.get(name)).partition(":")
+        if colon and module not in sys.modules:
+            rule = f"import {module!r} first, if you trust it, with `import` or --import"
+            raise ValueError(f"{name}={values[name]!r} is code from elsewhere: {rule}")
+
+
 class Registry(dict[str, type]):
     """Classes by the name that a config may use; "module:Class" names the reader's own, imported on demand."""
 
@@ -177,13 +187,16 @@ class Registry(dict[str, type]):
         self[name] = cls
 
     def resolve(self, name: str) -> type:
-        """The class of a name. Raises ValueError with the known names."""
+        """The class of a name, which the caller trusts: its module is run. Raises ValueError with the known names."""
         module, _, attribute = name.partition(":")
         if attribute:
             try:
-                return getattr(importlib.import_module(module), attribute)
+                found = getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:
                 raise ValueError(f"{self.field_name}={name!r} cannot be imported: {error}") from error
+            if not (isinstance(found, type) and issubclass(found, sys.modules["torch"].nn.Module)):
+                raise ValueError(f"{self.field_name}={name!r} must be a subclass of torch.nn.Module")
+            return found
         if name not in self:
             raise ValueError(f"{self.field_name} must be one of {', '.join(self)} or 'module:Class', got {name!r}")
         return self[name]

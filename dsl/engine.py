@@ -32,6 +32,7 @@ class Limits:
     waiting: int = 24  # requests beyond those
     seconds: float = 120.0  # from asking to the last token
     body: int = 1_000_000  # bytes of a request
+    inside: int = 256  # requests that are being read, run, waiting or answered
 
 
 class Full(Exception):

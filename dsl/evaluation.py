@@ -141,15 +141,6 @@ def associative_recall(batch: int, keys: int, generator: torch.Generator, *, rep
     return k, v, v.gather(1, last.clamp(min=0)).where(last >= 0, -1)
 
 
-def induction(batch: int, length: int, vocab_size: int, generator: torch.Generator):
-    """Random tokens, repeated once: tokens and labels [B, T]; only what the first half tells is scored (2209.11895)."""
-    half = torch.randint(vocab_size, (batch, length // 2), generator=generator)
-    tokens = torch.cat([half, half], 1)
-    labels = torch.full_like(tokens, IGNORE)
-    labels[:, length // 2 : -1] = half[:, 1:]
-    return tokens, labels
-
-
 # ---------------------------------------------------------------- cost
 
 

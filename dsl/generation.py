@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsl.hub import DslForCausalLM
+from dsl.model import LanguageModel
 
 RUNNERS_UP = 5
 COLDEST = 1e-6  # temperature: by less, fp32 logits would be divided to infinity
@@ -43,7 +44,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reading:
     """What the model says after a reading: logits [1, V], the last token's experts ([k] a layer), its state's bytes."""
 
     logits: Tensor
@@ -51,7 +52,7 @@ class Answer:
     state_bytes: int
 
 
-Steps = Generator[Tensor | Token | None, Answer | None, None]
+Steps = Generator[Tensor | Token | None, Reading | None, None]
 
 
 class _Text:
@@ -75,25 +76,59 @@ class _Text:
         return piece
 
 
-def _check(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed) -> None:
-    def number(value, kind, least, most=1.7e308) -> bool:
-        return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: temperature 0 takes the likeliest, a seed makes sampling repeatable.
 
-    above_zero = 5e-324
-    problems = [
-        f"{name} must {rule}, got {value!r}"
-        for name, value, rule, good in (
-            ("max_new_tokens", max_new_tokens, "be a positive integer", number(max_new_tokens, Integral, 1)),
-            ("temperature", temperature, "be a number from 0 (greedy) up", number(temperature, Real, 0)),
-            ("top_k", top_k, "be a positive integer or None", top_k is None or number(top_k, Integral, 1)),
-            ("top_p", top_p, "be in (0, 1] or None", top_p is None or number(top_p, Real, above_zero, 1)),
-            ("repetition_penalty", repetition_penalty, "be positive", number(repetition_penalty, Real, above_zero)),
-            ("seed", seed, "be an integer from 0 or None", seed is None or number(seed, Integral, 0, 2**63 - 1)),
-        )
-        if not good
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
+    Raises ValueError, a line for each broken rule.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        def bad(name: str, kind: type, least: float, most: float = 1.7e308) -> bool:
+            value = getattr(self, name)
+            if value is None and name in ("top_k", "top_p", "seed"):
+                return False
+            return not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most
+
+        above_zero = 5e-324
+        rules = {
+            "max_new_tokens": ("be a positive integer", Integral, 1),
+            "temperature": ("be a number from 0 (greedy) up", Real, 0),
+            "top_k": ("be a positive integer or None", Integral, 1),
+            "top_p": ("be in (0, 1] or None", Real, above_zero, 1),
+            "repetition_penalty": ("be positive", Real, above_zero),
+            "seed": ("be an integer from 0 or None", Integral, 0, 2**63 - 1),
+        }
+        wrong = [(name, text) for name, (text, *bounds) in rules.items() if bad(name, *bounds)]
+        if wrong:
+            raise ValueError("\n".join(f"{name} must {text}, got {getattr(self, name)!r}" for name, text in wrong))
+
+    def chooser(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function from the ids so far [1, T] and the next one's logits [1, V] to the next id [1]."""
+        filters, chance = transformers.LogitsProcessorList(), None
+        if self.repetition_penalty != 1:
+            filters.append(transformers.RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.temperature > 0:
+            filters.append(transformers.TemperatureLogitsWarper(max(float(self.temperature), COLDEST)))
+            filters += [transformers.TopKLogitsWarper(int(self.top_k))] if self.top_k else []
+            filters += [transformers.TopPLogitsWarper(float(self.top_p))] if self.top_p else []
+            chance = torch.Generator(device)
+            chance.seed() if self.seed is None else chance.manual_seed(self.seed)
+
+        def choose(ids: Tensor, logits: Tensor) -> Tensor:
+            scores = filters(ids, logits).clamp(max=torch.finfo(torch.float32).max)  # of a tiny repetition penalty
+            return (
+                scores.argmax(-1) if chance is None else torch.multinomial(scores.softmax(-1)[0], 1, generator=chance)
+            )
+
+        return choose
 
 
 def _prompt_ids(model: DslForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -119,86 +154,58 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    max_new_tokens: int = 100,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
     stop: Callable[[], bool] | Event | None = None,
+    **sampling,
 ) -> Iterator[Token]:
     """Tokens that continue the prompt: until eos (the last token then), max_new_tokens, the window's end, or `stop`.
 
-    temperature 0 takes the likeliest token and equals `model.generate(do_sample=False)`; a seed makes sampling
-    repeatable; an empty prompt starts from bos or eos. Raises ValueError when called, before the first token.
+    `sampling` are the fields of `Sampling`; temperature 0 equals `model.generate(do_sample=False)`; an empty prompt
+    starts from bos or eos. Raises ValueError when called, before the first token.
     """
-    sampling = (max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    return _alone(model.model, steps(model, tokenizer, prompt, *sampling, stop))
+    return _alone(model.model, steps(model, tokenizer, prompt, stop=stop, **sampling))
 
 
 @torch.inference_mode()
-def _alone(core, asking: Steps) -> Iterator[Token]:
+def _alone(core: LanguageModel, turns: Steps) -> Iterator[Token]:
+    """The model's calls for one sequence."""
     state = None
-    for tokens in asking:
-        hidden, state, stats = core(tokens, state)
+    for ids in turns:
+        hidden, state, stats = core(ids, state)
         experts = [layer.experts[0, -1] for layer in stats]
-        token = asking.send(Answer(core.logits(hidden[:, -1]), experts, sum(layer.num_bytes for layer in state)))
+        token = turns.send(Reading(core.logits(hidden[:, -1]), experts, sum(layer.num_bytes for layer in state)))
         if token is not None:
             yield token
 
 
-def steps(
-    model,
-    tokenizer,
-    prompt,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    seed=None,
-    stop=None,
-) -> Steps:
+def steps(model, tokenizer, prompt, *, stop=None, **sampling) -> Steps:
     """The loop of `generate` without the model's calls, so that many may share them.
 
-    It gives, in turn, the tokens [1, T] that the model must read next (the prompt, then one at a time) and, when it is
-    sent the `Answer`, the `Token` that was read (None for the prompt). Raises ValueError when called.
+    It gives, in turn, the ids [1, T] that the model must read next (the prompt, then one at a time) and, when it is
+    sent the `Reading`, the `Token` that was read (None for the prompt). Raises ValueError when called.
     """
-    _check(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    how = Sampling(**sampling)
     if model.training:
         raise ValueError("model must be in eval mode: in training, experts drop what exceeds their capacity")
-    ids = _prompt_ids(model, tokenizer, prompt)
-    filters = transformers.LogitsProcessorList()
-    if repetition_penalty != 1:
-        filters.append(transformers.RepetitionPenaltyLogitsProcessor(float(repetition_penalty)))
-    chance = None
-    if temperature > 0:
-        filters.append(transformers.TemperatureLogitsWarper(max(float(temperature), COLDEST)))
-        filters += [transformers.TopKLogitsWarper(int(top_k))] if top_k else []
-        filters += [transformers.TopPLogitsWarper(float(top_p))] if top_p else []
-        chance = torch.Generator(model.device)
-        chance.seed() if seed is None else chance.manual_seed(seed)
-    return _steps(model, tokenizer, ids, max_new_tokens, filters, chance, getattr(stop, "is_set", stop))
+    return _loop(model, tokenizer, _prompt_ids(model, tokenizer, prompt), how, getattr(stop, "is_set", stop))
 
 
 @torch.inference_mode()
-def _steps(model, tokenizer, ids, max_new_tokens, filters, chance, stopped) -> Steps:
+def _loop(model, tokenizer, ids: list[int], how: Sampling, stopped: Callable[[], bool] | None) -> Steps:
     text, ends = _Text(tokenizer, ids[-1]), {tokenizer.eos_token_id}
     ends.update(torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist())
-    tokens = torch.tensor([ids], device=model.device)
-    answer = yield tokens
+    tokens, choose = torch.tensor([ids], device=model.device), how.chooser(model.device)
+    reading = yield tokens
     yield None
-    for position in range(len(ids), min(len(ids) + max_new_tokens, model.config.context_limit or math.inf)):
+    for position in range(len(ids), min(len(ids) + how.max_new_tokens, model.config.context_limit or math.inf)):
         if stopped is not None and stopped():
             return
-        logits = answer.logits.float()
+        logits = reading.logits.float()
         if not logits.isfinite().all():
             raise ValueError("logits must be finite, got NaN or infinity: the weights are broken")
         logits[:, len(tokenizer) :] = -math.inf  # the vocabulary may be padded
-        scores = filters(tokens, logits).clamp(max=torch.finfo(torch.float32).max)  # of a tiny repetition penalty
-        token = scores.argmax(-1) if chance is None else torch.multinomial(scores.softmax(-1)[0], 1, generator=chance)
+        token = choose(tokens, logits)
         tokens, new = torch.cat([tokens, token[None]], 1), token.item()
-        answer = yield token[None]
+        reading = yield token[None]
         probabilities = logits[0].softmax(-1)
         best = probabilities.topk(min(RUNNERS_UP + 1, len(tokenizer), len(probabilities)))
         others = [(i, p) for p, i in zip(*map(Tensor.tolist, best), strict=True) if i != new][:RUNNERS_UP]
@@ -207,9 +214,9 @@ def _steps(model, tokenizer, ids, max_new_tokens, filters, chance, stopped) -> S
             text=text.add(new),
             probability=probabilities[new].item(),
             runners_up=[(i, tokenizer.decode([i]), p) for i, p in others],
-            experts=torch.stack(answer.experts).cpu() if answer.experts else torch.empty(0, 0).long(),
+            experts=torch.stack(reading.experts).cpu() if reading.experts else torch.empty(0, 0).long(),
             position=position,
-            state_bytes=answer.state_bytes,
+            state_bytes=reading.state_bytes,
         )
         if new in ends:
             return

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple
 from dsl import checkpoint, schema, settings
 from dsl.attention import State
 from dsl.checkpoint import CheckpointError
-from dsl.config import ModelConfig
+from dsl.config import ModelConfig, check_foreign
 from dsl.model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,12 @@ class DslConfig(PreTrainedConfig, _CoreFields):
         for name, value in self.core().to_dict().items():
             setattr(self, name, value)
         super().__post_init__(**others)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """What transformers makes of a config.json: it may come from anybody, so it runs nobody's code."""
+        check_foreign(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def core(self) -> ModelConfig:
         """The checked, frozen config of the core; raises ValueError."""

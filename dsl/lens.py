@@ -39,8 +39,7 @@ def token_losses(model: LanguageModel, rows: Tensor) -> Tensor:
     model, parts = model.eval(), []
     for some in rows.split(8):
         labels = some[:, 1:]
-        logits = model.logits(model(some[:, :-1].clamp(min=0))[0]).float()
-        loss = F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0), reduction="none")
+        loss = model.loss(model(some[:, :-1].clamp(min=0))[0], labels, reduction="none")
         parts.append(loss.masked_fill(labels == evaluation.IGNORE, torch.nan))
     return torch.cat(parts)
 

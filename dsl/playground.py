@@ -18,11 +18,9 @@ import ipywidgets as W
 import torch
 from torch import Tensor
 
-from dsl import checkpoint, hub, settings
+from dsl import checkpoint, colors, hub, settings
 from dsl.generation import Token, generate
 
-# Okabe and Ito's colours, pale enough to read on: an expert keeps its colour
-PALETTE = ("#f5c56b", "#a9d8f2", "#7fcdb2", "#f4ec9a", "#8ab6dd", "#eda67a", "#e3b3cd", "#cccccc")
 PAUSE = 0.1  # seconds between two updates of the screen, at least
 
 
@@ -43,30 +41,21 @@ def load_so_far(tokens: Sequence[Token], experts: int) -> Tensor:
 
 def text_html(prompt: str, tokens: Sequence[Token], layer: int = 0) -> str:
     """The text; each token in the colour of its first expert in row `layer`, with its figures on hover."""
-    return _box(escape(prompt) + "".join(_span(token, layer) for token in tokens))
-
-
-def _box(inside: str) -> str:
-    return f"<pre style='white-space:pre-wrap;line-height:1.5;margin:0'>{inside}</pre>"
+    return colors.box(escape(prompt) + "".join(_span(token, layer) for token in tokens))
 
 
 def _span(token: Token, layer: int) -> str:
-    color, told = "transparent", [f"probability {token.probability:.3f}"]
-    if layer < len(token.experts):
-        experts = token.experts[layer].tolist()
-        color = PALETTE[experts[0] % len(PALETTE)]
-        told.append(f"experts {', '.join(map(str, experts))}")
+    experts = token.experts[layer].tolist() if layer < len(token.experts) else []
+    told = [f"probability {token.probability:.3f}", *[f"experts {', '.join(map(str, experts))}"][: len(experts)]]
     told += [f"{p:.3f} {text!r}" for _, text, p in token.runners_up]
-    return (
-        f"<span style='background:{color};color:#111' title='{escape(chr(10).join(told))}'>{escape(token.text)}</span>"
-    )
+    return colors.span(token.text, experts[0] if experts else None, "\n".join(told))
 
 
 def load_html(tokens: Sequence[Token], layers: Sequence[int], experts: int) -> str:
     """One row a MoE layer: each expert's share of the assignments so far, in the expert's colour; it is the legend."""
     if not tokens or not layers:
         return ""
-    head = "".join(f"<th style='background:{PALETTE[e % len(PALETTE)]};color:#111'>{e}</th>" for e in range(experts))
+    head = "".join(f"<th style='{colors.style(expert)}'>{expert}</th>" for expert in range(experts))
     rows = [f"<tr><th>expert</th>{head}</tr>"]
     for layer, row in zip(layers, load_so_far(tokens, experts), strict=True):
         cells = "".join(f"<td style='text-align:right;padding:0 4px'>{share:.0%}</td>" for share in row / row.sum())
@@ -80,7 +69,7 @@ class Panel:
     def __init__(self, options: list[tuple[str, str]], value: str | None):
         self.source = W.Dropdown(options=options, value=value, description="Checkpoint")
         self.layer = W.Dropdown(options=[], description="Colours of", layout={"width": "230px", "display": "none"})
-        self.text, self.load, self.status = W.HTML(_box("")), W.HTML(), W.HTML("ready" if value else "")
+        self.text, self.load, self.status = W.HTML(colors.box("")), W.HTML(), W.HTML("ready" if value else "")
         for name in ("source", "layer", "text", "load", "status"):
             getattr(self, name).add_class(f"dsl-{name}")
         self.box = W.VBox([W.HBox([self.source, self.layer]), self.status, self.text, self.load])

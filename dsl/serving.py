@@ -7,10 +7,8 @@ in `engine`.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 import os
-import socket
 import sys
 import time
 import uuid
@@ -25,30 +23,31 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dsl import answers, hub, settings
-from dsl.engine import Engine, Limits
-from dsl.settings import SettingsError
+from dsl.address import key_for, listen
+from dsl.engine import Engine, Full, Limits
 from dsl.wire import CompletionBody, GenerateBody, Generated, Problem, Refused, invalid, refusal
 
 logger = logging.getLogger(__name__)
-KEY = "DSL_API_KEY"  # the environment variable that holds the key
 LIMITS = Limits()
 
 
 class Guard:
-    """Around the whole application: asks for the key, bounds a body, and is the last door for errors."""
+    """Around the whole application: asks for the key, bounds requests and bodies, and is the last door for errors."""
 
-    def __init__(self, app, key: str | None, most: int):
-        self.app, self.wanted, self.most = app, f"Bearer {key}".encode() if key else None, most
+    def __init__(self, app, key: str | None, limits: Limits):
+        self.app, self.wanted, self.limits, self.inside = app, f"Bearer {key}".encode() if key else None, limits, 0
 
     async def __call__(self, scope, receive, send):
-        size, started = 0, False
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        size, started, is_open = 0, False, scope["path"] == "/health"
 
         async def bounded():
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.most:
-                raise Refused(413, f"a request must have at most {self.most} bytes")
+            if size > self.limits.body:
+                raise Refused(413, f"a request must have at most {self.limits.body} bytes")
             return message
 
         async def sending(message):
@@ -57,9 +56,11 @@ class Guard:
             await send(message)
 
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        self.inside += 1
         try:
-            closed = self.wanted and scope["type"] == "http" and scope["path"] != "/health"
-            if closed and not hmac.compare_digest(given, self.wanted):
+            if self.inside > self.limits.inside and not is_open:
+                raise answers.as_refusal(Full("the server has no room for more requests"))
+            if self.wanted and not is_open and not hmac.compare_digest(given, self.wanted):
                 rule = "this server asks for its key, as Authorization: Bearer KEY"
                 raise Refused(401, rule, **{"WWW-Authenticate": "Bearer"})
             await self.app(scope, bounded, sending)
@@ -67,8 +68,10 @@ class Guard:
             if not isinstance(error, Refused):
                 logger.error("a request failed: %s", type(error).__name__)
                 error = Refused(500, "the server failed on this request")
-            if not started and scope["type"] == "http":
+            if not started:
                 await refusal(None, error)(scope, receive, send)
+        finally:
+            self.inside -= 1
 
 
 def create_app(model, tokenizer, name: str, *, key: str | None = None, limits: Limits = LIMITS) -> FastAPI:
@@ -83,7 +86,7 @@ def create_app(model, tokenizer, name: str, *, key: str | None = None, limits: L
 
     errors = {status: {"model": Problem} for status in (400, 401, 404, 413, 422, 500, 503)}
     app = FastAPI(title="dsl", lifespan=lifespan, docs_url=None, redoc_url=None, responses=errors)
-    app.add_middleware(Guard, key=key, most=limits.body)
+    app.add_middleware(Guard, key=key, limits=limits)
     app.add_exception_handler(HTTPException, refusal)
     app.add_exception_handler(RequestValidationError, invalid)
     app.state.engine = engine
@@ -143,13 +146,6 @@ def create_app(model, tokenizer, name: str, *, key: str | None = None, limits: L
     return app
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def name_of(source: str) -> str:
     """What the API calls a checkpoint: the run's name, a step's run and step, a folder's last part, or the hub id."""
     place = settings.find_run(source)
@@ -159,29 +155,16 @@ def name_of(source: str) -> str:
     return f"{place.parent.name}/{place.name}" if place.name.startswith("step-") else place.name
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises OSError in one sentence, SettingsError for what is no port."""
-    if not 0 <= port <= 65535:
-        raise SettingsError(f"port must be from 0 to 65535, got {port}")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}; try another --port") from None
-
-
-def serve(source: str, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits = LIMITS) -> None:
+def serve(source: str, host: str, port: int, published: str | None = None, limits: Limits = LIMITS) -> None:
     """Load a checkpoint and answer until a signal. Raises SettingsError, OSError, CheckpointError."""
-    key = os.environ.get(KEY)
-    if not key and not _loopback(host):
-        raise SettingsError(f"host={host!r} can be reached from elsewhere: set a key in {KEY}, or use 127.0.0.1")
+    key = key_for(host, published)
     with listen(host, port) as door:
         model, tokenizer = hub.load(source)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # a core for HTTP: when all compute, each waits for the one held up
             torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         app = create_app(model, tokenizer, name_of(source), key=key, limits=limits)
-        limited = {"limit_concurrency": 8 * (limits.running + limits.waiting), "timeout_graceful_shutdown": 5}
-        config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False, ws="none", **limited)
+        quiet = {"log_level": "warning", "server_header": False, "access_log": False}
+        config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=5, **quiet)
         print(f"dsl: {name_of(source)} answers on http://{host}:{door.getsockname()[1]}", file=sys.stderr, flush=True)
         uvicorn.Server(config).run(sockets=[door])

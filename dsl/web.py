@@ -5,10 +5,10 @@ Loads neither torch nor transformers, so the page may live in another container 
 
 from __future__ import annotations
 
+import hmac
 import os
 import sys
 from collections.abc import Iterator
-from html import escape
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -16,28 +16,21 @@ import gradio as gr
 import httpx
 import openai
 
-from dsl.settings import SettingsError
-
-KEY = "DSL_API_KEY"
-# Okabe and Ito's colours, pale enough to read on: an expert keeps its colour
-PALETTE = ("#f5c56b", "#a9d8f2", "#7fcdb2", "#f4ec9a", "#8ab6dd", "#eda67a", "#e3b3cd", "#cccccc")
+from dsl import colors
+from dsl.address import key_for, listen
+from dsl.schema import SettingsError
 
 
 def colored(pieces: list[tuple[str, list]], row: int, experts: int) -> str:
     """HTML of texts in the colours of their tokens' first experts in one MoE layer, with the legend."""
-
-    def span(text: str, expert: int) -> str:
-        return f"<span style='background:{PALETTE[expert % len(PALETTE)]};color:#111'>{escape(text)}</span>"
-
-    body = "".join(span(text, routes[row][0]) if routes else escape(text) for text, routes in pieces)
-    legend = " ".join(span(f" expert {i} ", i) for i in range(experts))
-    return f"<p>{legend}</p><pre style='white-space:pre-wrap;line-height:1.5'>{body}</pre>"
+    body = "".join(colors.span(text, routes[row][0] if routes else None) for text, routes in pieces)
+    return f"<p>{' '.join(colors.span(f' expert {i} ', i) for i in range(experts))}</p>{colors.box(body)}"
 
 
-def page(api: str) -> gr.Blocks:
+def page(api: str, key: str | None = None) -> gr.Blocks:
     """The page over the server at `api`. Raises SettingsError where no server answers there."""
-    key = os.environ.get(KEY) or "none"
-    client = openai.OpenAI(base_url=f"{api.rstrip('/')}/v1", api_key=key, max_retries=0, timeout=httpx.Timeout(150.0))
+    how = {"api_key": key or "none", "max_retries": 0, "timeout": httpx.Timeout(150.0)}
+    client = openai.OpenAI(base_url=f"{api.rstrip('/')}/v1", **how)
     try:
         card = client.models.list().data[0]
     except (openai.OpenAIError, IndexError, ValueError) as error:
@@ -100,8 +93,13 @@ def page(api: str) -> gr.Blocks:
     return blocks
 
 
-def serve(api: str, *, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Show the page until a signal. Raises SettingsError and OSError."""
-    blocks = page(api)
+def serve(api: str, host: str, port: int, published: str | None = None) -> None:
+    """Show the page until a signal; where there is a key, it asks for that too. Raises SettingsError and OSError."""
+    key = key_for(host, published)
+    with listen(host, port) as door:  # Gradio opens its own, and says less of what is wrong
+        port = door.getsockname()[1]
+    blocks = page(api, key).queue(default_concurrency_limit=8)
     print(f"dsl: the page is at http://{host}:{port}, its model at {api}", file=sys.stderr, flush=True)
-    blocks.queue(default_concurrency_limit=8).launch(server_name=host, server_port=port, quiet=True, show_error=True)
+    door = {"auth": lambda _, given: hmac.compare_digest(given.encode(), key.encode())} if key else {}
+    door |= {"auth_message": "Any name, and the server's key as the password."}
+    blocks.launch(server_name=host, server_port=port, quiet=True, show_error=True, **door)

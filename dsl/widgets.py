@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dsl import curves, plots, runlog
+from dsl import colors, curves, plots, runlog
 from dsl.settings import Run
 
 POINTS = 300  # of a curve that is drawn while a run trains: more would cost time that the steps want
@@ -133,4 +133,4 @@ def _read_texts(log_dir: Path, size: int) -> str:
     if texts.empty:
         return ""
     shown = "\n\n".join(f"{prompt}{text}" for prompt, text in texts.iloc[:, -1].dropna().items())
-    return f"<p>step {texts.columns[-1]} writes:</p><pre style='white-space:pre-wrap'>{escape(shown)}</pre>"
+    return f"<p>step {texts.columns[-1]} writes:</p>{colors.box(escape(shown))}"

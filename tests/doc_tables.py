@@ -5,6 +5,7 @@ A page holds `<!-- table: NAME -->`, the table, `<!-- end -->`; NAME is a functi
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from dsl import evaluation, settings
 from dsl.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "SCALE.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "SCALE.md", ROOT / "docs" / "SPEED.md"]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -114,7 +115,47 @@ def scale() -> str:
     return markdown("model | engine | devices | GiB a device | GiB sent a step and device", rows)
 
 
-TABLES = {"notebooks": notebooks, "presets": presets, "scale": scale}
+# ---------------------------------------------------------------- results
+
+# What README says of figures/bench.json and of the study; braces hold the ratio of a pair.
+SPEEDS = {
+    "ELU+1 linear attention against fused softmax, forward and backward": (
+        "{linear-512} times faster at 512 tokens, {linear-1024} at 1,024, {linear-8192} at 8,192"
+    ),
+    "chunked delta rule against transformers'": "{delta-2048} times faster at 2,048 tokens",
+    "a training step of `linear_moe` against transformers' models of its sizes": (
+        "{train-mixtral} times faster than Mixtral, {train-deepseek} than DeepseekV3, {train-qwen3-next} than "
+        "Qwen3-Next, {train-llama} than a dense Llama"
+    ),
+    "its peak memory, 16 rows at a time": "{memory-mixtral} times smaller than Mixtral's",
+    "its MoE block": "{moe-mixtral} times Mixtral's speed, {moe-dense} times that of a dense one",
+    "decoding at 8,192 tokens of context": "{decode-mixtral} times faster than Mixtral",
+}
+
+
+def _bench() -> dict:
+    return json.loads((ROOT / "figures" / "bench.json").read_text(encoding="utf-8"))["pairs"]
+
+
+def speeds() -> str:
+    """The ratios that README quotes."""
+    ratios = {name: f"{row['ratio']:.3g}" for name, row in _bench().items()}
+    return markdown("what | result", ((what, said.format_map(ratios)) for what, said in SPEEDS.items()))
+
+
+def bench() -> str:
+    """Every pair of the bench, with its goal."""
+    rows = []
+    for name, row in _bench().items():
+        met = "" if row["ratio"] >= row["goal"] else "missed"
+        unit, scale = ("GB", 1e-9) if row["unit"] == "bytes" else ("s", 1)
+        amounts = [f"{row[whose] * scale:.3g} {unit}" for whose in ("ours", "theirs")]
+        share = f"{row['share_of_ceiling']:.0%}" if "share_of_ceiling" in row else ""
+        rows.append([f"`{name}`", row["peer"], *amounts, f"{row['ratio']:.2f}", f"{row['goal']:.2f}", met, share])
+    return markdown("pair | against | ours | theirs | ratio | goal | | of the GEMM ceiling", rows)
+
+
+TABLES = {"notebooks": notebooks, "presets": presets, "scale": scale, "speeds": speeds, "bench": bench}
 
 
 def renewed(text: str) -> str:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from dsl.serving import create_app, listen
+from dsl.address import listen
+from dsl.serving import create_app
 
 
 @contextmanager

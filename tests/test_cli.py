@@ -96,6 +96,15 @@ def test_of_many_processes_one_speaks(capsys, monkeypatch):
     assert main(["train", "tinny"]) == 2
     assert capsys.readouterr().err == ""
 
+    def fail(run):
+        error = OSError("disk")
+        error.add_note("process 1 of 2 failed first")
+        raise error
+
+    monkeypatch.setattr("dsl.training.train", fail)
+    assert main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err == "dsl: error: disk; process 1 of 2 failed first\n"
+
 
 # ---------------------------------------------------------------- help
 
@@ -239,6 +248,26 @@ def test_a_prompt_that_is_no_text_or_missing(home, capsys, monkeypatch):
     assert code == 2 and "must hold UTF-8 text" in line
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert refused(capsys, "generate") == (2, "prompt is missing: give --prompt, --file, or text on stdin")
+
+
+def test_a_mixer_of_ones_own_trains_goes_on_and_is_loaded_by_name(home, capsys, tmp_path, monkeypatch):
+    """Each command in a process that has not seen the module: forgetting it is the same."""
+    (tmp_path / "ours.py").write_text("from dsl.attention import LinearMixer\nclass Mine(LinearMixer): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DSL_HOME", str(tmp_path))
+    words = f"--corpus {home}/texts --fraction 1 --held-out 0.1 --tokenizer bpe:300 --warmup-steps 1 --run-name ours"
+    for steps in ("2", "4"):
+        assert result(capsys, "train", "tiny", "--mixer", "ours:Mine", *words.split(), "--max-steps", steps)[
+            "step"
+        ] == int(steps)
+        del sys.modules["ours"]
+    words = ["generate", "--checkpoint", "ours", "--prompt", "state", "--max-new-tokens", "2"]
+    code, line = refused(capsys, *words)
+    assert code == 1 and "linear_attention_kind='ours:Mine' is code from elsewhere" in line and "--import" in line
+    assert "ours" not in sys.modules
+    assert result(capsys, *words, "--import", "ours")["samples"][0]["tokens"] == 2
+    del sys.modules["ours"]
+    assert refused(capsys, *words, "--import", "owrs") == (2, "--import owrs failed: No module named 'owrs'")
 
 
 def test_evaluate(home, capsys):

@@ -53,6 +53,12 @@ def test_missing_rows_are_counted_and_their_time_is_not_lost(home):
     assert holes["bits_per_byte"] is None and holes["cpu_seconds"] == pytest.approx(whole["cpu_seconds"])
 
 
+def test_a_mixer_that_is_not_here_costs_nothing_but_its_figures(home):
+    row = compare.row(logged("gone", layer_types=["linear_attention"], linear_attention_kind="not_here:Mixer"))
+    assert "its cost is unknown: mixer='not_here:Mixer' cannot be imported" in row["notes"]
+    assert row["status"] == "complete" and "parameters" not in row
+
+
 def test_a_cut_row_is_no_row(home):
     place = logged("cut")
     text = (place / "metrics.csv").read_text()

@@ -13,17 +13,21 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as normal
 from servers import free_port, process
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
 FILES = {name: DOCKER / f"{name}.Dockerfile" for name in ("model", "client")}
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+PUBLISHED = ["--published", "127.0.0.1"]
 SCHEMA = json.loads((Path(__file__).parent / "compose.schema.json").read_text())
 
 
@@ -84,11 +88,41 @@ def test_services():
     for name, kind in (("model-service", "model"), ("client-service", "client")):  # the same as in the image
         assert services[name]["healthcheck"]["test"] == ["CMD", *json.loads(lines(kind, "CMD")[0])]
         ours = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in services[name]["command"]]
-        assert ours == json.loads(lines(kind, "CMD")[1])
+        at = ours.index("--published")
+        assert ours[at : at + 2] == PUBLISHED, "the ports are this machine's, so no key is asked for"
+        assert ours[:at] + ours[at + 2 :] == json.loads(lines(kind, "CMD")[1])
+    assert {service["environment"]["DSL_API_KEY"] for service in services.values()} == {"${DSL_API_KEY:-}"}
+
+
+def test_the_client_image_installs_what_the_page_imports():
+    """The page in a process that has only what pip would bring there."""
+    [install] = [line for line in lines("client", "RUN") if "--constraint" in line]
+    wanted, there = install.split("requirements.txt")[1].split(), {"dsl"}
+    while wanted:
+        name = normal(wanted.pop())
+        if name not in there:
+            there.add(name)
+            needs = map(Requirement, metadata.requires(name) or ())
+            wanted += [r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})]
+    owners = metadata.packages_distributions().items()
+    absent = [module for module, names in owners if not there.intersection(map(normal, names))]
+    assert {"torch", "transformers", "fastapi"} - set(absent) == {"fastapi"}
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import dsl.__main__, dsl.web
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_images_answer_their_health_checks(tmp_path):
+@pytest.mark.parametrize("key", ["", "secret"], ids=["as compose starts them", "with a key"])
+def test_the_commands_of_the_images_answer_their_health_checks(tmp_path, key):
     """Both as local processes with the images' words, but for ports and the server's name."""
     ports = {"8000": str(free_port()), "7860": str(free_port())}
 
@@ -100,9 +134,10 @@ def test_the_commands_of_the_images_answer_their_health_checks(tmp_path):
 
     def command(name: str) -> list[str]:
         assert json.loads(lines(name, "ENTRYPOINT")[0]) == ["dsl"]
-        return [sys.executable, "-m", "dsl", *local(json.loads(lines(name, "CMD")[1]))]
+        words = local(json.loads(lines(name, "CMD")[1])) + (PUBLISHED if not key else [])
+        return [sys.executable, "-m", "dsl", *words]
 
-    env = os.environ | {"DSL_API_KEY": "for-this-machine-only", "DSL_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"DSL_API_KEY": key, "DSL_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     health = {name: local(json.loads(lines(name, "CMD")[0])) for name in FILES}
     with process(command("model"), f"http://127.0.0.1:{ports['8000']}/health", env=env):
         with process(command("client"), f"http://127.0.0.1:{ports['7860']}", env=env):

@@ -24,7 +24,7 @@ from transformers import (
 from dsl import checkpoint
 from dsl.checkpoint import CheckpointError
 from dsl.config import ModelConfig
-from dsl.hub import DslConfig, StateCache, load
+from dsl.hub import DslConfig, DslForCausalLM, StateCache, load
 from dsl.model import LanguageModel
 
 
@@ -336,6 +336,44 @@ def test_load_says_in_one_sentence_what_is_wrong(tmp_path, monkeypatch, prepare,
         load(source)
     print(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A model folder, also as a repository of the hub's cache, that names code which tells when it is run."""
+    (tmp_path / "evilmod.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    snapshot = tmp_path / "cache/models--somebody--something/snapshots" / ("0" * 40)
+    for folder in (tmp_path / "bare", snapshot):
+        shell(num_hidden_layers=2).save_pretrained(folder)
+        bytes_tokenizer().save_pretrained(folder)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    return [tmp_path / "bare", snapshot]
+
+
+@pytest.mark.parametrize("name", ["linear_attention_kind", "full_attention_kind", "router"])
+def test_a_checkpoint_runs_no_code_that_the_reader_has_not_imported(foreign, name):
+    assert not load("somebody/something")[0].training
+    for folder in foreign:
+        change(folder, **{name: "evilmod:f"})
+    said = f"{name}='evilmod:f' is code from elsewhere: import 'evilmod' first"
+    for source in (foreign[0], "somebody/something"):
+        with pytest.raises(CheckpointError, match=f"cannot load the config of .*: {said}"):
+            load(source)
+        for opened in (AutoConfig, AutoModelForCausalLM, DslForCausalLM):
+            with pytest.raises(ValueError, match=said):
+                opened.from_pretrained(source)
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "functools:partial"])
+def test_what_is_no_module_of_torch_is_no_mixer(foreign, name):
+    change(foreign[0], linear_attention_kind=name)
+    with pytest.raises(CheckpointError, match=f"'{name}' must be a subclass of torch.nn.Module"):
+        load(foreign[0])
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):

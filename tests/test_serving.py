@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import openai
@@ -18,11 +19,12 @@ import tiny
 import torch
 from servers import serving
 
+from dsl.address import listen
 from dsl.batching import Batch
 from dsl.engine import Limits
 from dsl.generation import complete, generate
-from dsl.serving import listen, name_of, serve
-from dsl.settings import SettingsError
+from dsl.schema import SettingsError
+from dsl.serving import name_of, serve
 
 PROMPT = "a state é"
 GREEDY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
@@ -249,14 +251,14 @@ def test_a_key(model, tokenizer, monkeypatch):
     monkeypatch.delenv("DSL_API_KEY", raising=False)
     for host in ("0.0.0.0", "192.0.2.1", "::", "example.org"):
         with pytest.raises(SettingsError, match="set a key in DSL_API_KEY"):
-            serve("nowhere", host=host)
+            serve("nowhere", host, 0)
 
 
 def test_a_port_in_use():
     with listen("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port}: .*; try another --port"):
-            serve("nowhere", port=port)
+            serve("nowhere", "127.0.0.1", port)
     with pytest.raises(SettingsError, match="got 70000"):
         listen("127.0.0.1", 70000)
 
@@ -314,6 +316,30 @@ def test_overload_is_said_and_passes(model, tokenizer, monkeypatch):
         assert all(a.headers["Retry-After"] == "2" for a in answers if a.status_code == 503)
         assert httpx.post(f"{url}/v1/completions", json=GREEDY).status_code == 200
         settled(url)
+
+
+def until(url: str, status: int) -> httpx.Response:
+    """The answer of a server that comes to give this status."""
+    for _ in range(200):
+        if (answer := httpx.get(f"{url}/v1/models")).status_code == status:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(answer)
+
+
+def test_more_requests_than_it_can_hold_are_refused_in_its_own_words(model, tokenizer):
+    with serving(model, tokenizer, limits=Limits(inside=3)) as url, ExitStack() as stack:
+        host, port = url.removeprefix("http://").split(":")
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+        wires = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3)]
+        for wire in wires:  # whose bodies do not come
+            wire.sendall(head.encode())
+        answer = until(url, 503)
+        assert answer.headers["Retry-After"] == "2"
+        assert answer.json()["error"]["type"] == "overloaded"
+        assert httpx.get(f"{url}/health").json()["ready"]
+        wires[0].close()
+        until(url, 200)
 
 
 def test_time_is_bounded(model, tokenizer, monkeypatch):

