@@ -110,7 +110,7 @@ def positions(analysis: pd.DataFrame) -> plt.Figure:
     right.axhline(0, color=COLORS["law"], lw=1)
     left.set(ylabel="loss, nats per token")
     middle.set(ylabel="loss minus that of softmax, nats")
-    right.set(ylabel="loss minus that in rows of the window, nats", title="beyond the window")
+    right.set(ylabel="loss minus that within it, nats", title="beyond the window")
     if left.lines:
         left.legend(fontsize=8)
     return figure
@@ -134,7 +134,7 @@ def recall(table: pd.DataFrame, mqar: pd.DataFrame, beside: str = "softmax") -> 
                 fillstyle=fill,
                 **look,
             )
-        left.plot([], [], color=look["color"], label=config)
+        left.plot([], [], color=look["color"], label=style(config, place)["label"])
     left.plot([], [], "ko", label="pairs that the row has shown before")
     left.plot([], [], "ko", mfc="none", label="tokens that it has not shown")
     left.axhline(0, color=COLORS[beside], lw=1)
@@ -177,7 +177,9 @@ def experts(analysis: pd.DataFrame, curves: pd.DataFrame, names: Iterable[str], 
         rows, look = analysis[analysis.config == name], style(name, place)
         settled = rows[rows.measure == "saturation"].assign(step=lambda t: t.key.astype(int))
         last = settled.step.max()  # where it is one by definition
-        settled = settled[settled.step < last].groupby(["step", "seed"]).value.mean().groupby("step")
+        steps = settled.step.drop_duplicates().sort_values()
+        settled = settled[settled.step.isin(steps[~(steps.diff() < 0.02 * last)]) & (settled.step < last)]
+        settled = settled.groupby(["step", "seed"]).value.mean().groupby("step")
         share = np.array(sorted(settled.groups)) / last
         marker = MARKERS[look["ls"]]
         left.plot(share, settled.mean(), marker, ms=4, **look)
@@ -213,5 +215,6 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
             axis.plot([row.low, row.high], [place - 0.25] * 2, "D-", color=COLORS["published"], ms=5, alpha=0.7)
             axis.errorbar(row.mean, place, xerr=np.nan_to_num(row.half), fmt="o", capsize=3, color=color)
         axis.set_yticks(range(len(rows)), rows.name)
+        axis.locator_params(axis="x", nbins=5)
         axis.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
     return figure
