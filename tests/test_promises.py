@@ -42,7 +42,8 @@ COMMANDS = {
 def shell(tmp_path_factory):
     """Runs a command line from the repository's root as somebody who typed it, in a home of its own."""
     home = tmp_path_factory.mktemp("home")
-    environment = {**os.environ, "DSL_HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    outside = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES")}
+    environment = {**outside, "DSL_HOME": str(home), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     places = {"stamp": BIN.parent / "installed", "prefix": sys.prefix, "bin": BIN, "tmp": home}
 
     def run(command: str) -> subprocess.CompletedProcess:
