@@ -101,6 +101,7 @@ def test_killed_anywhere_while_it_streams_over_a_bad_line(home, monkeypatch):  #
         print(f"{len(hub.injected)} faults of the stream")
 
 
+@pytest.mark.long
 def test_after_its_kernel_s_death_the_same_papermill_command_goes_on(home):  # noqa: F811
     notebook = Path(__file__).parents[1] / "notebooks" / "03_train.ipynb"
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(home / "out.ipynb")]

@@ -53,6 +53,7 @@ def test_stopped_amid_overflows_it_goes_on_bit_for_bit():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_notebook_03_in_fp16_draws_its_scale_and_the_loss_over_that_of_fp32(home):  # noqa: F811
     digests, commands = [], []
     for parameters in (["-p", "run_name", "full"], ["-p", "precision", "fp16", "-p", "init_scale", str(2.0**22)]):

@@ -224,6 +224,7 @@ def torchrun(home, count: int, code: str) -> tuple[int, str]:  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_number_of_processes_may_change_at_a_resume(home):  # noqa: F811
     """From 2 to 1, 1 to 2, and 2 to 3: the same place in the data and the same losses as one process, to rounding.
 

@@ -51,6 +51,7 @@ def test_no_run_is_done_no_table(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_fails_is_named_and_the_others_go_on(home, monkeypatch, capfd):  # noqa: F811
     bad = home / "checkpoints" / "study-2-softmax-0"
     bad.parent.mkdir(parents=True)
@@ -69,6 +70,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(home, monkeypatch, capfd
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process group")
 def test_a_study_that_is_killed_goes_on(home):  # noqa: F811
     arguments = [*SMALL, "softmax", "elu", "--tables", str(home / "tables")]
@@ -89,6 +91,7 @@ def test_a_study_that_is_killed_goes_on(home):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_notebook_04_looks_at_anybodys_runs(home, root):  # noqa: F811
     train("mine", moe_layers=[1])
     died = home / "logs" / "training" / "died"
