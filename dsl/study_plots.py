@@ -205,7 +205,7 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """Paired effects, {xlabel: rows (name, mean, half, neutral, low, high)}: dark where the interval excludes neutral,
     grey bars for what was published.
     """
-    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), layout="constrained", sharey=True)
     for axis, (label, rows) in zip(np.atleast_1d(axes), found.items(), strict=True):
         neutral = rows.neutral.iloc[0]
         axis.axvline(neutral, color="black", lw=1)
