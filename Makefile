@@ -26,7 +26,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 test: $(STAMP) ## run the tests: ARGS="-k name" for some of them, ARGS="-m long" for the six that take half a minute each
 	$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
-test-fast: $(STAMP) ## run the tests that take seconds, under a minute in all
+test-fast: $(STAMP) ## run the tests that take seconds, about a minute in all
 	$(PY) -m pytest tests -m "not slow and not install" $(PARALLEL) $(ARGS)
 
 notebooks: $(STAMP) ## run every notebook and renew the outputs in it (then: git diff, make test, commit)
