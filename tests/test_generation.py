@@ -70,7 +70,7 @@ def test_filters_narrow_the_choice():
     model = shell()
     greedy = ids_of(model, temperature=0, max_new_tokens=20)
     assert greedy == ids_of(model, top_k=1, max_new_tokens=20) == ids_of(model, top_p=1e-9, max_new_tokens=20)
-    assert ids_of(model, temperature=1e-4, max_new_tokens=20) == greedy
+    assert ids_of(model, temperature=1e-7, max_new_tokens=20) == greedy  # 1e-4 left room for a near tie
     for token in generate(model, TOKENIZER, PROMPT, top_k=3, temperature=5.0, max_new_tokens=40):
         better = [p for _, _, p in token.runners_up if p > token.probability]
         assert len(better) < 3
