@@ -210,7 +210,7 @@ def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, opti
     idle = stacks - stacks * c.num_experts_per_tok // c.num_experts
     looked_up = 0 if c.tie_word_embeddings else model.embed_tokens.weight.numel()
     kinds = [c.kind(layer) for layer in range(c.num_hidden_layers)]
-    routed = c.num_experts_per_tok * (4 * c.moe_intermediate_size + 2 * c.hidden_size)
+    routed = 2 * c.num_experts_per_tok * (c.moe_intermediate_size + c.hidden_size)
     experts = routed + 4 * c.num_shared_experts * c.moe_intermediate_size
     dense = 4 * c.intermediate_size * (c.num_hidden_layers - len(c.moe_layers))
     kept = sum(KEPT.get(kind, 20) * c.hidden_size for kind in kinds) + dense + experts * len(c.moe_layers)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsl.config import ModelConfig, Registry
 
@@ -185,12 +186,23 @@ class Experts(nn.Module):
         k, flat = experts.shape[1], experts.flatten()
         order = flat.argsort(stable=True)  # assignments sorted by expert
         counts = torch.bincount(flat, minlength=self.num_experts)
-        gate, up = _grouped_linear(x[order // k], self.gate_up_proj, counts).chunk(2, -1)
-        y = _grouped_linear(F.silu(gate) * up, self.down_proj, counts)
+        gate_up = _grouped_linear(x[order // k], self.gate_up_proj, counts)
+        args = gate_up, self.down_proj, counts
+        if torch.is_grad_enabled():
+            y = checkpoint(_swiglu_down, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = _swiglu_down(*args)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         # Sum over k by shape, not index_add: the same order of additions on every device and run.
         return (y[place].unflatten(0, (-1, k)) * weights[..., None].to(y.dtype)).sum(1)
+
+
+def _swiglu_down(gate_up: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Of the widest tensors of a model only `gate_up` is kept for the backward pass; silu and product are made again
+    there, at a hundredth of the products' cost (the matrix product is not: its inputs are all that is missing)."""
+    gate, up = gate_up.chunk(2, -1)
+    return _grouped_linear(F.silu(gate) * up, weight, counts)
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

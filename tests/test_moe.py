@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import assert_close, gradients, seeded
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsl import moe
 from dsl.config import ModelConfig
@@ -104,6 +105,20 @@ def test_gradient_of_a_plain_sum(shape):
     slow = x.detach().requires_grad_()
     moe_by_token(block, slow).sum().backward()
     assert_close("dx", x.grad, slow.grad, bound=3e-5)
+
+
+def test_for_the_backward_pass_silu_is_made_again_and_no_product_is():
+    """Six grouped products as without it: two forward, two for the rows, two for the matrices."""
+    block, x, calls = build().experts, torch.randn(40, 16, requires_grad=True), []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        block(x, torch.randint(8, (40, 2)), torch.rand(40, 2)).sum().backward()
+    assert calls.count("_grouped_mm") == 6 and calls.count("silu") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
