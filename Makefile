@@ -34,6 +34,7 @@ notebooks: $(STAMP) ## run every notebook and renew the outputs in it (then: git
 
 figures: $(STAMP) ## run every notebook and renew the committed figures
 	DSL_FIGURES="$(CURDIR)/figures" $(PY) tests/notebook_tools.py run $(or $(ARGS),$(NOTEBOOKS))
+	$(if $(ARGS),,DSL_FIGURES="$(CURDIR)/figures" $(PY) -m pytest -q tests/test_browser.py -k playground)
 
 docs: $(STAMP) ## renew the computed tables of README.md and docs/
 	$(PY) tests/doc_tables.py

@@ -101,10 +101,10 @@ def _linear_chunked(q, k, v, state, chunk_size):
     written = k.mT @ v
     after = written.cumsum(2) + state[:, :, None]
     before = torch.cat([state[:, :, None], after[:, :, :-1]], 2)
-    causal = q.new_ones(C, C).tril().repeat(R, 1)
-    inner = (q @ k.mT).mul_(causal) @ v
-    out = torch.baddbmm(inner.flatten(0, 2), q.flatten(0, 2), before.flatten(0, 2)).view_as(inner)
-    return _unchunk(out, R, C, T), after[:, :, -1]
+    causal, chunks = q.new_ones(C, C).tril().repeat(R, 1), q.shape[:3]
+    q, k, v, before = (x.flatten(0, 2) for x in (q, k, v, before))
+    out = ((q @ k.mT).mul_(causal) @ v).baddbmm_(q, before)
+    return _unchunk(out.unflatten(0, chunks), R, C, T), after[:, :, -1]
 
 
 # ---------------------------------------------------------------- delta rule

@@ -14,6 +14,7 @@ from servers import free_port, process
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 SHOTS = os.environ.get("DSL_SHOTS")  # a folder that keeps the pictures, to be looked at
+FIGURES = os.environ.get("DSL_FIGURES")  # where `make figures` wants the one that is committed
 
 
 def shot(window, name: str, tmp_path) -> None:
@@ -54,6 +55,8 @@ def test_playground_in_jupyterlab(chromium, root, tmp_path):
         expect(window.locator(".dsl-load table").first).to_be_visible()
         go.scroll_into_view_if_needed()
         shot(window, "playground", tmp_path)
+        if FIGURES:
+            window.locator(".jp-OutputArea-output").filter(has=go).screenshot(path=f"{FIGURES}/05_playground.png")
         assert text.inner_text() == stopped  # nothing came after Stop
         knob.focus()
         knob.press("Home")
