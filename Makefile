@@ -72,7 +72,7 @@ lock: $(STAMP) ## renew requirements.txt from pyproject.toml: TORCH=2.13.0 holds
 	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras \
 	    --no-annotate --no-header --no-emit-package pip $(or $(ARGS),--upgrade) \
 	    --output-file $(VENV)/lock.txt pyproject.toml $(VENV)/torch.txt
-	@grep -vE '^(nvidia-|cuda-|triton==)' $(VENV)/lock.txt | cat $(VENV)/head.txt - >$(VENV)/new.txt
+	@sed -E -e '/^nvidia-ml-py=/b' -e '/^(nvidia-|cuda-|triton==)/d' $(VENV)/lock.txt | cat $(VENV)/head.txt - >$(VENV)/new.txt
 	@cmp -s $(VENV)/new.txt requirements.txt || mv $(VENV)/new.txt requirements.txt
 	@git --no-pager diff --stat -- requirements.txt
 

@@ -12,16 +12,17 @@ import difflib
 import importlib
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from dsl import settings
-from dsl.schema import FIELDS, SECTIONS, SettingsError, kinds, suggest
+from dsl.schema import FIELDS, SECTIONS, DataConfig, Sampling, Section, SettingsError, kinds, suggest
 from dsl.settings import PRESETS, Run
 
 EXAMPLES = {
@@ -58,20 +59,18 @@ def _shape(annotation: Any) -> str:
     return next((word for kind, word in words.items() if kind in kinds(annotation)), "TEXT")
 
 
-def _setting_flags(parser: Parser, *sections: str) -> None:
-    """One flag a setting; values stay text, which the sections convert and check."""
-    for section in sections:
-        group = parser.add_argument_group(f"{section} settings")
-        for name, field in SECTIONS[section].model_fields.items():
-            many = tuple in kinds(field.annotation)
-            default = "" if many or field.default is None else f" ({str(field.default).lower()})"
-            group.add_argument(
-                "--" + name.replace("_", "-"),
-                metavar=_shape(field.annotation),
-                nargs="+" if many else None,
-                default=argparse.SUPPRESS,
-                help=field.description + default,
-            )
+def _setting_flags(parser: Parser, title: str, section: type[Section], **defaults: Any) -> None:
+    """One flag a setting; values stay text, which the section converts and checks."""
+    group = parser.add_argument_group(f"{title} settings")
+    for name, field in section.model_fields.items():
+        many, default = tuple in kinds(field.annotation), defaults.get(name, field.default)
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar=_shape(field.annotation),
+            nargs="+" if many else None,
+            default=defaults.get(name, argparse.SUPPRESS),
+            help=field.description + ("" if many or default is None else f" ({str(default).lower()})"),
+        )
 
 
 def _address(parser: Parser, port: int, more: str) -> None:
@@ -81,8 +80,8 @@ def _address(parser: Parser, port: int, more: str) -> None:
     parser.add_argument("--published", metavar="ADDRESS", help=text)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    given = {name: value for name, value in vars(options).items() if name in FIELDS}
+def _given(options: argparse.Namespace, fields: Iterable[str] = FIELDS) -> dict[str, Any]:
+    given = {name: value for name, value in vars(options).items() if name in fields}
     return {name: v[0] if isinstance(v, list) and len(v) == 1 else v for name, v in given.items()}
 
 
@@ -113,22 +112,18 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--run-name", metavar="NAME", help="folder of the run (the preset's name)")
     parser.add_argument("--mixer", metavar="NAME", help="elu | delta | softmax | latent | module:Class, in every layer")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and train nothing")
-    _setting_flags(parser, *SECTIONS)
+    for title, section in SECTIONS.items():
+        _setting_flags(parser, title, section)
     parser = command(generate, "continue a prompt", "dsl generate [--prompt TEXT | --file FILE] [options]  (or stdin)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="what to continue")
     source.add_argument("--file", type=Path, metavar="FILE", help="a UTF-8 file that holds the prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="most tokens to add (100)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest (0.8)")
-    parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="X", help="sample from the likeliest that sum to X")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less (1)")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable; further samples count on")
+    _setting_flags(parser, "sampling", Sampling, temperature=0.8)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="number of continuations (1)")
     text = "try the prompts, measure held-out bits per byte, check routing and files; the exit code is the verdict"
-    _setting_flags(command(test_checkpoint, text, "dsl test-checkpoint [options]"), "data")
+    _setting_flags(command(test_checkpoint, text, "dsl test-checkpoint [options]"), "data", DataConfig)
     text = "measure bits per byte and expert load on held-out documents"
-    _setting_flags(command(evaluate, text, "dsl evaluate [options]"), "data")
+    _setting_flags(command(evaluate, text, "dsl evaluate [options]"), "data", DataConfig)
     command(runs, "list the runs on disk")
     parser = command(serve, "answer over HTTP: /generate, OpenAI's /v1/completions and /v1/models, /health")
     _address(parser, 8000, "; any other than this machine's own wants a key in DSL_API_KEY; clients are asked for it")
@@ -175,16 +170,15 @@ def _prompt(options: argparse.Namespace) -> str:
 def generate(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise SettingsError(f"samples must be at least 1, got {options.samples}")
-    prompt = _prompt(options)
+    how, prompt = Sampling(**_given(options, Sampling.model_fields)), _prompt(options)
     from dsl import generation, hub
 
     model, tokenizer = hub.load(options.checkpoint)
-    sampling = {field.name: getattr(options, field.name) for field in dataclasses.fields(generation.Sampling)}
-    first, samples = sampling.pop("seed"), []
+    samples = []
     for number in range(options.samples):
-        seed = None if first is None else first + number
+        seed = None if how.seed is None else how.seed + number
         tokens, start = [], time.perf_counter()
-        for token in generation.generate(model, tokenizer, prompt, seed=seed, **sampling):
+        for token in generation.generate(model, tokenizer, prompt, **{**how.model_dump(), "seed": seed}):
             if not options.json:
                 print(("" if tokens else prompt) + token.text, end="", flush=True)
             tokens.append(token)
@@ -251,13 +245,6 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise SettingsError(f"--import {module} failed: {error}") from None
-
-
 def _complain(error: BaseException, code: int) -> int:
     # Of the processes that torchrun started, all see a wrong setting; of other errors only the first comes here.
     if code == 1 or os.environ.get("RANK", "0") == "0":
@@ -269,10 +256,8 @@ def _complain(error: BaseException, code: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command (`sys.argv` by default) and return its exit code; SystemExit where argparse ends it."""
-    words = [
-        word.partition("=")[0].replace("_", "-") + "".join(word.partition("=")[1:]) if word[:2] == "--" else word
-        for word in (sys.argv[1:] if arguments is None else arguments)
-    ]
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in given]
     top, parsers = _parser()
     if words and words[0] not in parsers and not words[0].startswith("-"):
         top.error(f"unknown command {words[0]!r}{suggest(words[0], parsers)}")
@@ -282,8 +267,11 @@ def main(arguments: list[str] | None = None) -> int:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
         parsers[words[0]].error(f"unknown option {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
     try:
-        if module := getattr(options, "module", None):
-            _import(module)
+        try:
+            if module := getattr(options, "module", None):
+                importlib.import_module(module)
+        except ImportError as error:
+            raise SettingsError(f"--import {module} failed: {error}") from None
         code = options.run(options)
         sys.stdout.flush()
         return code

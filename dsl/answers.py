@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from fastapi import Request
@@ -33,14 +34,9 @@ class Answer:
     """One request's tokens as they come: text without what follows a stop text, counts, and why it ended."""
 
     def __init__(self, engine: Engine, request: Request, sampling: dict[str, Any], stops: tuple[str, ...] = ()):
-        self.engine, self.request, self.stops, self.most = engine, request, stops, sampling["max_new_tokens"]
-        self.job, self.prompt_tokens, self.new, self.held, self.finish = (
-            Job(sampling, engine.limits.seconds),
-            0,
-            0,
-            "",
-            "",
-        )
+        self.engine, self.request, self.stops = engine, request, stops
+        self.job = Job(sampling, engine.limits.seconds)
+        self.prompt_tokens, self.new, self.held, self.finish = 0, 0, "", ""
 
     async def _watch(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
@@ -59,8 +55,7 @@ class Answer:
                 if isinstance(item, Exception):
                     raise as_refusal(item)
                 self.prompt_tokens, self.new = self.prompt_tokens or item.position, self.new + 1
-                text = self._settled(item.text)
-                yield text, [item]
+                yield self._settled(item.text), [item]
                 if self.finish == "stop":
                     return
                 if item.id == self.engine.tokenizer.eos_token_id:
@@ -87,20 +82,17 @@ class Answer:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.new, "total_tokens": total}
 
 
-def choice_of(
-    body: CompletionBody, text: str, tokens: list[Token], finish: str | None, offset: int = 0
-) -> dict[str, Any]:
+def choice_of(body: CompletionBody, text: str, tokens: list[Token], finish: str | None, offset: int) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
     if body.logprobs is not None:
-        logs = {"tokens": [t.text for t in tokens], "token_logprobs": [_log(t.probability) for t in tokens]}
-        likely = [
-            sorted([(t.text, t.probability), *(r[1:] for r in t.runners_up)], key=lambda x: -x[1]) for t in tokens
-        ]
-        logs["top_logprobs"] = [{text: _log(p) for text, p in row[: body.logprobs]} for row in likely]
-        ends = [offset]
-        for token in tokens:
-            ends.append(ends[-1] + len(token.text))
-        choice["logprobs"] = {**logs, "text_offset": ends[:-1]}
+        rows = ([(t.text, t.probability), *(r[1:] for r in t.runners_up)] for t in tokens)
+        likely = (sorted(row, key=lambda each: -each[1])[: body.logprobs] for row in rows)
+        choice["logprobs"] = {
+            "tokens": [t.text for t in tokens],
+            "token_logprobs": [_log(t.probability) for t in tokens],
+            "top_logprobs": [{text: _log(p) for text, p in row} for row in likely],
+            "text_offset": [*accumulate((len(t.text) for t in tokens), initial=offset)][:-1],
+        }
     if body.routing:
         choice["routing"] = [
             {"text": t.text, "probability": t.probability, "experts": t.experts.tolist(), "state_bytes": t.state_bytes}

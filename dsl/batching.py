@@ -15,40 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsl.attention import LatentState, LinearState, SoftmaxState, State
-from dsl.generation import Reading
+from dsl.generation import Reading, read
 from dsl.model import LanguageModel
 
 GROWS = {LinearState: (), SoftmaxState: ("keys", "values"), LatentState: ("latent", "rope_key")}  # with each time step
 
 
-def _resized(state: State, length: int) -> State:
-    """The state with time steps added (masked) or taken away on the left; only padding may be taken."""
-    more, names = length - state.length, GROWS[type(state)]
-    new = {name: F.pad(getattr(state, name), (0, 0, 0, 0, more, 0)) for name in names}
-    if names and (more > 0 or state.keep is not None):
-        first = getattr(state, names[0])
-        keep = first.new_ones(len(first), state.length, dtype=torch.bool) if state.keep is None else state.keep
-        keep = F.pad(keep, (more, 0))
-        new["keep"] = None if keep.all() else keep
-    return dataclasses.replace(state, length=length, **new)
-
-
-def _stacked(one: State, other: State) -> State:
-    """Rows of both, which are of equal length."""
-    if GROWS[type(one)] and (one.keep is None) != (other.keep is None):
-        first = getattr(one, GROWS[type(one)][0])
-        one, other = (
-            s if s.keep is not None else dataclasses.replace(s, keep=first.new_ones(rows, s.length, dtype=torch.bool))
-            for s, rows in ((one, len(first)), (other, 1))
-        )
-    return dataclasses.replace(one, **{n: torch.cat([v, other.tensors()[n]]) for n, v in one.tensors().items()})
+def _stacked(states: tuple[State, ...], length: int) -> State:
+    """Their rows in one state, time steps added (masked) or taken away on the left; only padding may be taken."""
+    names, parts = GROWS[type(states[0])], [state.tensors() for state in states]
+    for state, part in zip(states, parts, strict=True):
+        if names:
+            real = part[names[0]].new_ones(part[names[0]].shape[:2], dtype=torch.bool)
+            part["keep"] = F.pad(part.get("keep", real), (length - state.length, 0))
+        part.update({name: F.pad(part[name], (0, 0, 0, 0, length - state.length, 0)) for name in names})
+    new = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if names and new["keep"].all():
+        new["keep"] = None
+    return dataclasses.replace(states[0], length=length, **new)
 
 
 class Batch:
     """Rows of one state; `join` reads a prompt alone, `step` one token of every row."""
 
     def __init__(self, core: LanguageModel):
-        self.core, self.state, self.lengths, self.base = core, [], [], []
+        self.core, self.state, self.lengths, self.sizes = core, [], [], []  # sizes: of each row's state alone, bytes
 
     def takes_more(self) -> bool:
         """Whether another row may join: a registered mixer's own state is not known here, so it stays alone."""
@@ -56,37 +47,29 @@ class Batch:
 
     def join(self, tokens: Tensor) -> Reading:
         """Read a prompt [1, T]; its sequence becomes the last row."""
-        hidden, state, stats = self.core(tokens)
-        size, length = sum(layer.num_bytes for layer in state), state[0].length
-        reading = Reading(self.core.logits(hidden[:, -1]), [layer.experts[0, -1] for layer in stats], size)
-        if self.lengths:
-            longest = max(length, *self.lengths)
-            pairs = zip(self.state, state, strict=True)
-            state = [_stacked(_resized(old, longest), _resized(new, longest)) for old, new in pairs]
-        self.state, self.lengths, self.base = state, [*self.lengths, length], [*self.base, (length, size)]
+        reading, state = read(self.core, tokens)
+        self.lengths, self.sizes = [*self.lengths, state[0].length], [*self.sizes, reading.state_bytes]
+        if self.state:
+            state = [_stacked(pair, max(self.lengths)) for pair in zip(self.state, state, strict=True)]
+        self.state = state
         return reading
 
     def leave(self, stay: list[int]) -> None:
         """Keep these rows only, in this order."""
         if len(stay) == len(self.lengths):
             return
-        self.lengths, self.base = [self.lengths[i] for i in stay], [self.base[i] for i in stay]
-        if not stay:
-            self.state = []
-            return
+        self.lengths, self.sizes = [self.lengths[i] for i in stay], [self.sizes[i] for i in stay]
         rows = torch.tensor(stay, device=next(self.core.parameters()).device)
-        self.state = [layer.rows(rows) for layer in self.state]
-        if all(type(layer) in GROWS for layer in self.state):
-            self.state = [_resized(layer, max(self.lengths)) for layer in self.state]
+        self.state = [_stacked((layer.rows(rows),), max(self.lengths)) for layer in self.state] if stay else []
 
     def step(self, tokens: Tensor) -> list[Reading]:
         """Read one token of each row, [B, 1]."""
         positions = torch.tensor(self.lengths, device=tokens.device)[:, None]
         hidden, self.state, stats = self.core(tokens, self.state, positions)
         logits, self.lengths = self.core.logits(hidden[:, -1]), [n + 1 for n in self.lengths]
-        grown = (getattr(s, n)[0, 0] for s in self.state for n in GROWS.get(type(s), ()))
-        growth = sum(part.numel() * part.element_size() for part in grown)
+        growth = sum(getattr(s, name)[0, 0].nbytes for s in self.state for name in GROWS.get(type(s), ()))
+        self.sizes = [size + growth for size in self.sizes]
         return [
-            Reading(logits[i : i + 1], [layer.experts[i, -1] for layer in stats], size + growth * (now - then))
-            for i, (now, (then, size)) in enumerate(zip(self.lengths, self.base, strict=True))
+            Reading(logits[i : i + 1], [layer.experts[i, -1] for layer in stats], size)
+            for i, size in enumerate(self.sizes)
         ]

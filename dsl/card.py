@@ -20,17 +20,14 @@ def model_card(run: Run, state: dict[str, Any], parameters: int) -> str:
     experts = f"{model.num_experts} experts, {model.num_experts_per_tok} a token, in layers {[*model.moe_layers]}"
     bits = state.get("bits_per_byte") or state.get("last_bits_per_byte")
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dsl", "mixture-of-experts"]}
-    window = f"{model.max_position_embeddings} tokens" + (
-        "" if "full_attention" in model.layer_types else " in training; generation may go on beyond it"
-    )
+    beyond = "" if "full_attention" in model.layer_types else " in training; generation may go on beyond it"
+    sizes = (model.hidden_size, model.num_attention_heads, model.num_key_value_heads)
     rows = {
         "parameters": f"{parameters:,}",
         "mixers, first layer to last": mixers,
         "experts": experts if model.moe_layers else "none",
-        "hidden size, heads, key-value heads": (
-            f"{model.hidden_size}, {model.num_attention_heads}, {model.num_key_value_heads}"
-        ),
-        "window": window,
+        "hidden size, heads, key-value heads": ", ".join(map(str, sizes)),
+        "window": f"{model.max_position_embeddings} tokens{beyond}",
         "corpus": f"{data.corpus}, fraction {data.fraction:g}",
         "step": f"{state['step']:,} of {train.max_steps:,}",
         "tokens seen": f"{state['tokens']:,}",

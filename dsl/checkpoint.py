@@ -62,15 +62,12 @@ def _sha256_once(path: Path) -> str:
     return _hashed.get(key) or _hashed.setdefault(key, _sha256(path))
 
 
-def _json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _text(value: dict) -> str:
+def _json_text(value: dict) -> str:
     return json.dumps(value, indent=1, allow_nan=False)  # ends with "}", so that no cut is still whole
-
-
-# ---------------------------------------------------------------- what is there
 
 
 def steps(run_dir: str | Path) -> list[int]:
@@ -87,7 +84,7 @@ def verify(folder: str | Path, sha256=_sha256) -> list[str]:
     """What is wrong with a step folder, a line for each file; empty where it is as it was saved."""
     place = Path(folder)
     try:
-        manifest = _json(place / "manifest.json")
+        manifest = _read_json(place / "manifest.json")
         if manifest["version"] != VERSION:
             return [f"manifest.json: version {manifest['version']!r} is unknown, this program knows {VERSION}"]
         files = manifest["files"]
@@ -136,13 +133,10 @@ def index(run_dir: str | Path) -> dict:
     return {"newest": good[-1].name if good else None, "best": best, "steps": scores}
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read_trainer(folder: str | Path) -> dict:
     """What the trainer saved of itself; raises CheckpointError."""
     try:
-        return _json(Path(folder, "trainer.json"))
+        return _read_json(Path(folder, "trainer.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{Path(folder, 'trainer.json')} cannot be read: {error}") from error
 
@@ -156,9 +150,6 @@ def read_optimizer(folder: str | Path) -> dict:
         raise CheckpointError(f"{path} is refused: it holds more than tensors and numbers, or is damaged") from error
     except (OSError, EOFError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).partition(chr(10))[0] or 'it is empty'}") from error
-
-
-# ---------------------------------------------------------------- writing
 
 
 def save(
@@ -183,7 +174,7 @@ def save(
     temporary, old = (run_dir / f".{place.name}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
     weights = {weight.data_ptr(): weight.nbytes for weight in model.state_dict().values()}  # a tied one is saved once
     need = sum(weights.values()) + _nbytes(optimizer) + 2**23
-    texts = {"trainer.json": _text(trainer)} | ({"README.md": card} if card else {})
+    texts = {"trainer.json": _json_text(trainer)} | ({"README.md": card} if card else {})
     try:
         _do(run_dir.mkdir, parents=True, exist_ok=True)
         _clean(run_dir, os.getpid())
@@ -208,10 +199,9 @@ def save(
     except BaseException as error:
         with suppress(OSError):
             _clean(run_dir, os.getpid())
-        problem = _explained(error, run_dir, need)
-        if problem is None:
-            raise
-        raise problem from error
+        if problem := _explained(error, run_dir, need):
+            raise problem from error
+        raise
     return place
 
 
@@ -223,7 +213,7 @@ def _seal_folder(folder: Path) -> None:
         if path.is_file():
             size, digest = path.stat().st_size, _sha256_once(path)
             files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": digest}
-    text = _text({"version": VERSION, "sha256": _seal(files), "files": files})
+    text = _json_text({"version": VERSION, "sha256": _seal(files), "files": files})
     _do((folder / "manifest.json").write_text, text, encoding="utf-8")
     _do(_sync, folder / "manifest.json")
     _do(_sync, folder)
@@ -273,7 +263,7 @@ def rotate(run_dir: str | Path, keep: int | None, until: int | None = None, save
         del now["steps"][name]
     with suppress(OSError):  # only a hint
         hint = run_dir / ".index.json.tmp"
-        _do(hint.write_text, _text(now), encoding="utf-8")
+        _do(hint.write_text, _json_text(now), encoding="utf-8")
         _do(hint.replace, run_dir / "index.json")
 
 
@@ -332,6 +322,6 @@ class Lock:
 
     def _other(self) -> str:
         try:
-            return "process {pid} on {host} since {since}".format(**_json(self.owner))
+            return "process {pid} on {host} since {since}".format(**_read_json(self.owner))
         except (OSError, ValueError, KeyError):
             return "another process"

@@ -48,20 +48,17 @@ def log_dirs(names: str) -> list[Path]:
 
 
 def curve(log_dir: Path) -> pd.DataFrame:
-    """metrics.csv with the time spent in steps so far, as `seconds` and as `cpu_seconds` of all threads.
+    """metrics.csv with the time spent in steps so far, as `seconds` and as `cpu_seconds` of all threads, and the
+    layers' mean `maxvio`.
 
     A row's speed is that of its interval; where rows are missing, the next row's stands for them.
     """
     table = curves.metrics(log_dir)
     steps = table.step.diff().fillna(table.step)
     spent = steps * table.step_seconds
-    return table.assign(seconds=spent.cumsum(), cpu_seconds=(spent * table.cpu_percent / 100).cumsum())
-
-
-def _gaps(table: pd.DataFrame, every: int) -> int:
-    """Rows that should stand between the first and the last, and do not."""
-    due = set(range(every, int(table.step.iloc[-1]) + 1, every))
-    return len(due - set(table.step.astype(int)))
+    cpu = spent * table.cpu_percent / 100
+    maxvio = table.filter(like="maxvio_").mean(axis=1)
+    return table.assign(seconds=spent.cumsum(), cpu_seconds=cpu.cumsum(), maxvio=maxvio)
 
 
 def row(log_dir: Path) -> dict[str, Any]:
@@ -74,8 +71,7 @@ def row(log_dir: Path) -> dict[str, Any]:
         found |= {"held_out_bytes": run.data.held_out_bytes, "max_steps": run.train.max_steps}
         try:
             cost = evaluation.cost(run.model, optimizer=run.train.optimizer)
-            found |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters}
-            found |= {"training_flops": cost.training_flops}
+            found |= {name: getattr(cost, name) for name in ("parameters", "active_parameters", "training_flops")}
             found |= {f"state_bytes_{n}": cost.state_bytes(n) for n in CONTEXTS}
         except ValueError as error:  # a mixer of somebody's, which is not here
             notes.append(f"its cost is unknown: {error}")
@@ -96,8 +92,9 @@ def row(log_dir: Path) -> dict[str, Any]:
             notes.append("held-out text was never measured")
         elif best.step < step:
             notes.append(f"held-out text was last measured at step {int(best.step)}")
-        if run and (missing := _gaps(table, run.train.logging_steps)):
-            notes.append(f"{missing} rows are missing")
+        due = range(run.train.logging_steps, step + 1, run.train.logging_steps) if run else ()
+        if missing := set(due) - set(table.step.astype(int)):
+            notes.append(f"{len(missing)} rows are missing")
         if int(last.skipped_steps):
             notes.append(f"{int(last.skipped_steps)} batches were left out")
     return found | {"notes": "; ".join(notes)}
@@ -112,20 +109,15 @@ def table(log_dirs: Iterable[Path]) -> tuple[pd.DataFrame, list[str]]:
 def apart(rows: pd.DataFrame) -> list[str]:
     """What keeps runs from being compared, in words."""
     tokenizers = "have different tokenizers: compare bits per byte; loss is per token, and tokens differ in size"
-    warnings = []
-    for column, text in {
+    reasons = {
         "fingerprint": "read different corpora: neither loss nor bits per byte can be compared",
         "vocab_size": tokenizers,
         "tokenizer": tokenizers,
         "held_out_bytes": "were measured on different amounts of held-out text",
         "step": "were trained for different numbers of steps",
-    }.items():
-        if column in rows and rows[column].nunique() > 1:
-            warnings.append(f"these runs {text}")
-    return list(dict.fromkeys(warnings))
-
-
-# ---------------------------------------------------------------- certainty
+    }
+    found = (reason for column, reason in reasons.items() if column in rows and rows[column].nunique() > 1)
+    return [f"these runs {reason}" for reason in dict.fromkeys(found)]
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 LayerType = Literal["linear_attention", "full_attention"]
 
@@ -72,35 +72,27 @@ class ModelConfig:
     tie_word_embeddings: bool = _of(True, "one matrix for embedding and head")
 
     def __post_init__(self) -> None:
-        fill = {
-            "head_dim": self.hidden_size // self.num_attention_heads if self.num_attention_heads > 0 else 0,
-            "moe_intermediate_size": self.intermediate_size,
-        }
-        self._fill(fill)
-        self._fill(
-            {
-                "qk_nope_head_dim": self.head_dim,
-                "qk_rope_head_dim": self.head_dim // 2,
-                "v_head_dim": self.head_dim,
-            }
-        )
+        head_dim = self.hidden_size // self.num_attention_heads if self.num_attention_heads > 0 else 0
+        self._fill(head_dim=head_dim, moe_intermediate_size=self.intermediate_size)
+        self._fill(qk_nope_head_dim=self.head_dim, qk_rope_head_dim=self.head_dim // 2, v_head_dim=self.head_dim)
         layers, pattern = max(self.num_hidden_layers, 0), tuple(self.layer_types)
         object.__setattr__(self, "layer_types", (pattern * layers)[:layers] if pattern else ())
         moe = tuple(range(layers)) if self.moe_layers == "all" else self.moe_layers
         object.__setattr__(self, "moe_layers", tuple(moe))
-        problems = list(self._problems(pattern))
-        if problems:
+        if problems := self._problems(pattern):
             raise ValueError("\n".join(problems))
 
-    def _fill(self, values: Mapping[str, int]) -> None:
+    def _fill(self, **values: int) -> None:
         for name, value in values.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-    def _problems(self, pattern: tuple[str, ...]):
-        def rule(ok: bool, name: str, text: str, value: Any = None):
+    def _problems(self, pattern: tuple[str, ...]) -> list[str]:
+        problems = []
+
+        def rule(ok: bool, name: str, text: str, value: Any = None) -> None:
             if not ok:
-                yield f"{name} must {text}, got {getattr(self, name) if value is None else value!r}"
+                problems.append(f"{name} must {text}, got {getattr(self, name) if value is None else value!r}")
 
         positive = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -109,39 +101,35 @@ class ModelConfig:
             "rms_norm_eps initializer_range"
         )
         for name in positive.split():
-            yield from rule(getattr(self, name) > 0, name, "be positive")
+            rule(getattr(self, name) > 0, name, "be positive")
         natural = "linear_conv_kernel_dim num_shared_experts bias_update_speed aux_loss_coef router_z_loss_coef"
         for name in natural.split():
-            yield from rule(getattr(self, name) >= 0, name, "not be negative")
+            rule(getattr(self, name) >= 0, name, "not be negative")
         for name in ("capacity_factor", "q_lora_rank"):
-            yield from rule(getattr(self, name) is None or getattr(self, name) > 0, name, "be positive or None")
-        for name, choices in _choices().items():
+            rule(getattr(self, name) is None or getattr(self, name) > 0, name, "be positive or None")
+        for name, choices in CHOICES.items():
             for value in pattern if name == "layer_types" else (getattr(self, name),):
-                yield from rule(value in choices, name, f"be one of {', '.join(choices)}", value)
-        yield from rule(len(pattern) > 0, "layer_types", "name at least one layer")
+                rule(value in choices, name, f"be one of {', '.join(choices)}", value)
+        rule(len(pattern) > 0, "layer_types", "name at least one layer")
         layers, heads, experts = self.num_hidden_layers, self.num_attention_heads, self.num_experts
-        yield from rule(
-            len(pattern) <= max(layers, 1), "layer_types", f"have at most num_hidden_layers={layers} entries"
-        )
-        if self.num_key_value_heads > 0:
-            even = heads % self.num_key_value_heads == 0
-            yield from rule(even, "num_key_value_heads", f"divide num_attention_heads={heads}")
-        yield from rule(self.head_dim % 2 == 0, "head_dim", "be even (rotary positions turn pairs)")
-        yield from rule(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "be even (rotary positions turn pairs)")
+        few = len(pattern) <= max(layers, 1)
+        rule(few, "layer_types", f"have at most num_hidden_layers={layers} entries")
+        if (shared := self.num_key_value_heads) > 0:
+            rule(heads % shared == 0, "num_key_value_heads", f"divide num_attention_heads={heads}")
+        rule(self.head_dim % 2 == 0, "head_dim", "be even (rotary positions turn pairs)")
+        rule(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "be even (rotary positions turn pairs)")
         inside = all(isinstance(i, int) and 0 <= i < layers for i in self.moe_layers)
         unique = len(set(self.moe_layers)) == len(self.moe_layers)
-        yield from rule(inside and unique, "moe_layers", f"be distinct layers from 0 to {layers - 1}")
+        rule(inside and unique, "moe_layers", f"be distinct layers from 0 to {layers - 1}")
         if min(experts, self.num_experts_per_tok, self.n_group, self.topk_group) > 0:
-            yield from self._router_problems(rule)
-
-    def _router_problems(self, rule):
-        experts, groups = self.num_experts, self.n_group
-        yield from rule(experts % groups == 0, "n_group", f"divide num_experts={experts}")
-        yield from rule(self.topk_group <= groups, "topk_group", f"be at most n_group={groups}")
-        room = experts // groups * min(self.topk_group, groups)
-        text = f"be at most {room}, the experts in reach (num_experts={experts}, groups {self.topk_group} of {groups})"
-        yield from rule(self.num_experts_per_tok <= room, "num_experts_per_tok", text)
-        yield from rule(groups == 1 or experts // groups >= 2, "n_group", "leave two experts or more in a group")
+            groups, usable = self.n_group, self.topk_group
+            rule(experts % groups == 0, "n_group", f"divide num_experts={experts}")
+            rule(usable <= groups, "topk_group", f"be at most n_group={groups}")
+            room = experts // groups * min(usable, groups)
+            text = f"be at most {room}, the experts in reach (num_experts={experts}, groups {usable} of {groups})"
+            rule(self.num_experts_per_tok <= room, "num_experts_per_tok", text)
+            rule(groups == 1 or experts // groups >= 2, "n_group", "leave two experts or more in a group")
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, patterns expanded; `ModelConfig(**config.to_dict()) == config`."""
@@ -154,14 +142,9 @@ class ModelConfig:
         return self.linear_attention_kind if linear else self.full_attention_kind
 
 
-def _choices() -> dict[str, tuple[str, ...]]:
-    return {
-        "layer_types": ("linear_attention", "full_attention"),
-        "feature_map": ("elu", "dpfp", "taylor"),
-        "router_score": ("softmax", "sigmoid"),
-        "balance": ("loss_free", "aux_loss", "none"),
-        "aux_loss_scope": ("batch", "sequence"),
-    }
+HINTS = get_type_hints(ModelConfig)  # field -> type
+CHOICES = {name: get_args(hint) for name, hint in HINTS.items() if get_origin(hint) is Literal}
+CHOICES["layer_types"] = get_args(LayerType)
 
 
 def check_foreign(values: Mapping[str, Any]) -> None:

@@ -70,6 +70,9 @@ class Corpus:
                     if characters <= 0:
                         return
 
+    def wait_by(self, wait: Callable[[float], Any]) -> None:
+        """How to wait between two attempts at reading; it may raise, to end them. Only where attempts can fail."""
+
     def close(self) -> None:
         """Leave no file and no connection open; reading on opens them again."""
 
@@ -231,6 +234,9 @@ class TableCorpus(Corpus):
                 f"held_out must be larger to hold out a document of {self.name}, got {self._data.held_out}"
             )
         return kept
+
+    def wait_by(self, wait: Callable[[float], Any]) -> None:
+        self._tables.wait = wait
 
     def close(self) -> None:
         self._tables.close()

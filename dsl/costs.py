@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,33 +41,26 @@ def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 FORMS = {"written out": _written_out, "softmax": _sdpa, "elu": _elu, "delta": _delta}
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Idle threads that wait for work count as CPU time, and slow a busy machine down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """The least CPU time of one call on one thread, over at least three calls and 0.2 seconds."""
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # idle threads that wait for work count as CPU time, and slow a busy machine down
     try:
-        yield
+        work()
+        while len(times) < 3 or sum(times) < 0.2:
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
+    return min(times)
 
 
-@one_thread()
-def cpu_seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
-    """The least CPU time of one call, over at least three calls and `at_least` seconds."""
-    work()
-    best, spent, calls = math.inf, 0.0, 0
-    while calls < 3 or spent < at_least:
-        start = time.process_time()
-        work()
-        took = time.process_time() - start
-        best, spent, calls = min(best, took), spent + took, calls + 1
-    return best
-
-
-def training(kind: str, length: int, *, batch: int = 1, heads: int = 6, kv_heads: int = 2, width: int = 64):
-    """(CPU-seconds of forward and backward, bytes kept from forward to backward) of one of FORMS, fp32."""
-    q, k, v = (torch.randn(batch, length, n, width, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+def training(kind: str, length: int, *, heads: int = 6, width: int = 64):
+    """(CPU-seconds of forward and backward, bytes kept from forward to backward) of one of FORMS, fp32, batch 1, two
+    key-value heads.
+    """
+    q, k, v = (torch.randn(1, length, n, width, requires_grad=True) for n in (heads, 2, 2))
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -77,11 +70,10 @@ def training(kind: str, length: int, *, batch: int = 1, heads: int = 6, kv_heads
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = FORMS[kind](q, k, v)
     gradient = torch.randn_like(out)
-    work = lambda: torch.autograd.grad(FORMS[kind](q, k, v), (q, k, v), gradient)  # noqa: E731
-    return cpu_seconds(work), sum(kept.values())
+    seconds = cpu_seconds(lambda: torch.autograd.grad(FORMS[kind](q, k, v), (q, k, v), gradient))
+    return seconds, sum(kept.values())
 
 
-@one_thread()
 def decoding(kind: str, context: int, config: ModelConfig) -> tuple[float, int]:
     """(CPU-seconds of one new token after `context` tokens, bytes of state) of one mixer, batch 1, fp32.
 
@@ -107,8 +99,7 @@ def decoding(kind: str, context: int, config: ModelConfig) -> tuple[float, int]:
 def exponent(lengths: list[int], seconds: list[float]) -> float:
     """The power p of seconds ~ length^p, fitted over the longer half of the lengths."""
     half = len(lengths) // 2
-    x, y = (torch.tensor(values[half:], dtype=torch.float64).log() for values in (lengths, seconds))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    return float(np.polyfit(np.log(lengths[half:]), np.log(seconds[half:]), 1)[0])
 
 
 def crossover(lengths: list[int], slow: list[float], fast: list[float]) -> float:
@@ -126,7 +117,6 @@ def crossover(lengths: list[int], slow: list[float], fast: list[float]) -> float
 def cache_bytes(number_bytes: float = 2, layers: int = 1, **sizes) -> float:
     """Bytes that `layers` attention layers of these ModelConfig sizes keep for each token."""
     c = ModelConfig(layer_types=("full_attention",), num_hidden_layers=1, moe_layers=(), **sizes)
-    per_token = 2 * c.num_key_value_heads * c.head_dim
-    if c.full_attention_kind == "latent":
-        per_token = c.kv_lora_rank + c.qk_rope_head_dim
+    latent = c.full_attention_kind == "latent"
+    per_token = c.kv_lora_rank + c.qk_rope_head_dim if latent else 2 * c.num_key_value_heads * c.head_dim
     return layers * per_token * number_bytes

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from dsl import plots
+from dsl.plots import COLORS
 
 
 def metrics(log_dir: Path) -> pd.DataFrame:
@@ -29,39 +29,44 @@ def load(table: pd.DataFrame) -> dict[int, np.ndarray]:
     return {int(name[5:]): np.array([[float(x) for x in text.split(";")] for text in table[name]]) for name in names}
 
 
-def training(table: pd.DataFrame, title: str = "", beside: pd.DataFrame | None = None) -> plt.Figure:
+def training(
+    table: pd.DataFrame, title: str = "", beside: pd.DataFrame | None = None, train: TrainConfig | None = None
+) -> plt.Figure:
     """Loss and held-out bits per byte, learning rate, and the most loaded expert of each layer, over the steps.
 
-    `beside` is another run's table, whose loss is drawn too; fp16's scale stands beside the learning rate.
+    `beside` is another run's table, whose loss is drawn too; fp16's scale stands beside the learning rate. The table
+    has AdamW's rate; `train`, the run's settings, says whether Muon moves the matrices, and how fast.
     """
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    left.plot(table.step, table.loss, color=plots.COLORS["loss"], label="training loss, nats per token")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
+    left.plot(table.step, table.loss, color=COLORS["loss"], label="training loss, nats per token")
     if beside is not None:
-        left.plot(beside.step, beside.loss, ":", color=plots.COLORS["law"], label="training loss of the run beside")
-    held_out = table.dropna(subset=["held_out_bits_per_byte"])
-    left.plot(
-        held_out.step,
-        held_out.held_out_bits_per_byte,
-        "o-",
-        color=plots.COLORS["held_out"],
-        label="held-out, bits per byte",
-    )
-    left.set(xlabel="step", ylabel="nats per token, bits per byte", title=title)
-    left.legend(frameon=False)
-    middle.plot(table.step, table.lr, color=plots.COLORS["other"])
-    middle.set(xlabel="step", ylabel="learning rate")
+        left.plot(beside.step, beside.loss, ":", color=COLORS["law"], label="training loss of the run beside")
+    held_out = table.set_index("step").held_out_bits_per_byte.dropna()
+    left.plot(held_out, "o-", color=COLORS["held_out"], label="held-out, bits per byte")
+    left.set(xlabel="step", ylabel="nats per token, bits per byte")
+    left.legend()
+    middle.plot(table.step, table.lr, color=COLORS["other"], label="AdamW")
+    middle.set(xlabel="step", ylabel="learning rate of AdamW", ylim=(0, None))
+    if train is not None and train.optimizer == "muon":
+        muon = table.lr * (train.muon_learning_rate / train.learning_rate)  # it follows in proportion
+        middle.plot(table.step, muon, "--", color=COLORS["law"], label="Muon")
+        middle.set(ylabel="learning rate")
+        middle.legend()
     if (table.scale != 1).any():
         scale = middle.twinx()
         skipped = f"{table.skipped_steps.iloc[-1]:.0f} batches left out"
-        scale.step(table.step, table.scale, color=plots.COLORS["latent"], where="post", label=skipped)
+        scale.step(table.step, table.scale, color=COLORS["latent"], where="post", label=skipped)
         scale.set_yscale("log", base=2)
         scale.set_ylabel("scale of the fp16 loss")
         scale.legend(loc="lower center")
-    for layer, shares in load(table).items():
-        right.plot(table.step, shares.max(1) * shares.shape[1] - 1, label=f"layer {layer}")
+    layers = load(table)
+    for (layer, shares), tone in zip(layers.items(), np.linspace(1, 0.4, len(layers)), strict=True):
+        color = plt.get_cmap("Purples")(tone) if layer != min(layers) else COLORS["experts"]
+        right.plot(table.step, shares.max(1) * shares.shape[1] - 1, color=color, label=f"layer {layer}")
     right.set(xlabel="step", ylabel="MaxVio = busiest / mean - 1", ylim=(0, None))
     if right.lines:
-        right.legend(frameon=False, ncols=2)
+        right.legend(ncols=2)
+    figure.suptitle(title, fontsize=plt.rcParams["axes.titlesize"])
     return figure
 
 
@@ -72,32 +77,22 @@ def expert_load(table: pd.DataFrame) -> plt.Figure | None:
         return None
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns, 0.8 + 1.7 * rows), layout="constrained", squeeze=False
-    )
-    even = 1 / next(iter(layers.values())).shape[1]
+    figure, axes = plt.subplots(rows, columns, figsize=(max(4.5, 3 * columns), 0.8 + 1.7 * rows), squeeze=False)
+    look = {"aspect": "auto", "cmap": "RdBu_r", "vmin": 0, "vmax": 2, "interpolation": "nearest"}
     for axis, (layer, shares) in zip(axes.flat, layers.items(), strict=False):
-        steps = table.step
-        image = axis.imshow(
-            shares.T / even,
-            aspect="auto",
-            cmap="RdBu_r",
-            vmin=0,
-            vmax=2,
-            interpolation="nearest",
-            extent=(steps.iloc[0], steps.iloc[-1] + 1, shares.shape[1] - 0.5, -0.5),
-        )
+        experts = shares.shape[1]
+        steps = table.step.iloc[0], table.step.iloc[-1] + 1
+        image = axis.imshow(shares.T * experts, extent=(*steps, experts - 0.5, -0.5), **look)
         axis.grid(False)
-        axis.set(title=f"layer {layer}", xlabel="step", ylabel="expert", yticks=range(shares.shape[1]))
+        axis.set(title=f"layer {layer}", xlabel="step", ylabel="expert", yticks=range(experts))
     for axis in axes.flat[len(layers) :]:
         axis.remove()
-    figure.colorbar(image, ax=axes, label="share of tokens / even share")
+    figure.colorbar(image, ax=axes, label="share / even share", extend="max")
     return figure
 
 
-def texts(log_dir: Path, characters: int = 240) -> pd.DataFrame:
+def texts(log_dir: Path) -> pd.DataFrame:
     """What the run wrote for each prompt: one row a prompt, one column a sampled step."""
     table = pd.read_csv(Path(log_dir) / "generations.csv", keep_default_na=False)
-    table = table.drop_duplicates(["step", "prompt"], keep="last")
-    table["text"] = table.text.str.slice(0, characters)
+    table = table.drop_duplicates(["step", "prompt"], keep="last").assign(text=lambda t: t.text.str[:240])
     return table.pivot(index="prompt", columns="step", values="text").reindex(table.prompt.unique())

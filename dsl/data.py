@@ -38,9 +38,6 @@ _SAMPLE = 10_000_000  # characters that a tokenizer is trained on
 _AT_ONCE = 64  # documents that are encoded together
 
 
-# ---------------------------------------------------------------- tokenizers
-
-
 def open_tokenizer(data: DataConfig, corpus: Corpus) -> PreTrainedTokenizerFast:
     """The tokenizer that `data.tokenizer` names, or the corpus's own, with an end-of-text token that also pads.
 
@@ -134,9 +131,6 @@ def held_out_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, length: in
     return torch.from_numpy(padded).unfold(0, length + 1, length).clone(), sum(len(text.encode()) for text in texts)
 
 
-# ---------------------------------------------------------------- the stream
-
-
 class _Encoded:
     """A corpus in memory as tokens that were encoded once and are kept on the disk."""
 
@@ -177,12 +171,13 @@ class TokenStream:
         else:
             self._source = corpus
             self._encode = lambda texts: _encode(tokenizer, texts)
-        self._begin(seed, (0, 0, 0, 0), 0, 0)
+        self._begin(seed, {"place": (0, 0, 0, 0), "offset": 0, "documents": 0})
         self._pool, self._taken, self._before = torch.empty(0, length + 1).long(), 0, self._cursor()
 
-    def _begin(self, seed: int, place: Place, offset: int, documents: int) -> None:
-        self._seed, self._place, self._offset, self.documents = seed, place, offset, documents
-        self._read: Iterator[tuple[Place, np.ndarray]] = self._documents(*place)
+    def _begin(self, seed: int, cursor: dict[str, Any]) -> None:
+        self._seed, self._place = seed, tuple(cursor["place"])
+        self._offset, self.documents = cursor["offset"], cursor["documents"]
+        self._read: Iterator[tuple[Place, np.ndarray]] = self._documents(*self._place)
         self._held: deque[tuple[Place, np.ndarray]] = deque()
 
     def _cursor(self) -> dict[str, Any]:
@@ -227,7 +222,7 @@ class TokenStream:
         Rows of one document follow each other, and a batch of them would teach one thing: `shuffle_rows` are read at
         a time and permuted.
         """
-        was, place = (self._pool, self._taken, self._before), self._cursor()
+        was, cursor = (self._pool, self._taken, self._before), self._cursor()
         parts, missing = [], rows
         try:
             while missing:
@@ -237,20 +232,13 @@ class TokenStream:
                 self._taken, missing = self._taken + len(parts[-1]), missing - len(parts[-1])
         except BaseException:  # whatever it was, the reader is spent; the next call begins again at the same place
             self._pool, self._taken, self._before = was
-            self._begin(self._seed, tuple(place["place"]), place["offset"], place["documents"])
+            self._begin(self._seed, cursor)
             raise
         return torch.cat(parts)
 
     def _fill(self, rows: int) -> None:
-        """Read a pool."""
-        before = self._cursor()
-        read = self._consecutive(rows)
-        order = self._order(rows, *before["place"], before["offset"])
-        self._pool, self._taken, self._before = read[torch.from_numpy(order)], 0, before
-
-    def _consecutive(self, rows: int) -> Tensor:
-        """The next rows as they stand in the text; each begins with the last token of the one before."""
-        want = rows * self.length + 1
+        """Read a pool, in an order of its own: rows of the text, each from the last token of the one before on."""
+        before, want = self._cursor(), rows * self.length + 1
         ready = sum(len(tokens) for _, tokens in self._held) - self._offset
         while ready < want:
             self._held.append(next(self._read))
@@ -261,7 +249,9 @@ class TokenStream:
             self._offset -= len(self._held.popleft()[1])
             self.documents += 1
         self._place = self._held[0][0]
-        return torch.from_numpy(flat).unfold(0, self.length + 1, self.length).clone()
+        order = torch.from_numpy(self._order(rows, *before["place"], before["offset"]))
+        self._pool = torch.from_numpy(flat).unfold(0, self.length + 1, self.length)[order]
+        self._taken, self._before = 0, before
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pool of rows begins, its size, and how many of its rows are gone, in plain values."""
@@ -276,7 +266,7 @@ class TokenStream:
         Raises ValueError for a state of another corpus; with `data.allow_other_corpus` it begins at this one's start.
         """
         if state["fingerprint"] == self.corpus.fingerprint:
-            self._begin(state["seed"], tuple(state["place"]), state["offset"], state["documents"])
+            self._begin(state["seed"], state)
             self._pool, self._taken, self._before = self._pool[:0], 0, self._cursor()
             if rows := state.get("pool", self._data.shuffle_rows):
                 self._fill(rows)

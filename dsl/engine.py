@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dsl.batching import Batch
-from dsl.generation import Token, steps
+from dsl.generation import Token, turns
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Job:
     def __init__(self, sampling: dict[str, Any], seconds: float):
         self.sampling, self.deadline = sampling, time.monotonic() + seconds
         self.loop, self.items, self.stop = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
-        self.steps = None
+        self.turns = None  # of its own loop, once it runs
 
     def put(self, item: Token | Exception | None) -> None:
         with suppress(RuntimeError):  # the event loop has closed: nobody is waiting
@@ -92,7 +92,7 @@ class Engine(threading.Thread):
     def _turn(self) -> None:
         """A token for every running request. This is the thread's door, so every error is reported."""
         begun = [job for job in self.running if self._begun(job)]
-        asked = {job: self._try(job, lambda job=job: next(job.steps)) for job in begun}
+        asked = {job: self._try(job, next, job.turns) for job in begun}
         self._keep({job for job, tokens in asked.items() if tokens is not None})
         going = set()
         for batch, jobs in self.batches.items():
@@ -103,8 +103,7 @@ class Engine(threading.Thread):
                     self._report(job, error)
                 continue
             for job, answer in zip(jobs, answers, strict=True):
-                token = self._try(job, lambda job=job, answer=answer: job.steps.send(answer))
-                if token is not None:
+                if (token := self._try(job, job.turns.send, answer)) is not None:
                     job.put(token)
                     going.add(job)
         self._keep(going)
@@ -121,32 +120,32 @@ class Engine(threading.Thread):
                 del self.batches[batch]
 
     def _begun(self, job: Job) -> bool:
-        """Read the prompt of a request that is new; whether it goes on."""
+        """Whether a request goes on; the prompt of a new one is read."""
         if job.stop.is_set() or time.monotonic() > job.deadline:
-            done = job.stop.is_set() or job.steps is not None
+            done = job.stop.is_set() or job.turns is not None
             job.put(None if done else Full("the server had no time for this request"))
             return False
-        if job.steps is not None:
+        if job.turns is not None:
             return True
         try:
-            job.steps = steps(self.model, self.tokenizer, stop=job.stop, **job.sampling)
+            job.turns = turns(self.model, self.tokenizer, stop=job.stop, **job.sampling)
         except ValueError as problem:
             job.put(problem)
             return False
-        return self._try(job, lambda: self._joined(job)) is not None
+        return self._try(job, self._joined, job) is not None
 
     def _joined(self, job: Job) -> Batch:
-        prompt = next(job.steps)
+        prompt = next(job.turns)
         batch = next((batch for batch in self.batches if batch.takes_more()), None) or Batch(self.model.model)
         answer = batch.join(prompt)
         self.batches[batch] = [*self.batches.get(batch, ()), job]
-        job.steps.send(answer)
+        job.turns.send(answer)
         return batch
 
-    def _try(self, job: Job, do: Callable[[], Any]) -> Any:
+    def _try(self, job: Job, do: Callable[..., Any], *given: Any) -> Any:
         """What it gives; None where the request has ended or failed, which is told."""
         try:
-            return do()
+            return do(*given)
         except StopIteration:
             job.put(None)
         except Exception as error:

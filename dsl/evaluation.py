@@ -26,9 +26,6 @@ from dsl.model import LanguageModel
 IGNORE = -100  # the label of a position that is not scored
 
 
-# ---------------------------------------------------------------- on held-out text
-
-
 @contextmanager
 def _reading(model: nn.Module) -> Iterator[LanguageModel]:
     """The plain core of a model or of its Hugging Face shell, in eval mode and without gradients."""
@@ -81,9 +78,6 @@ def routing_load(model: nn.Module, rows: Tensor, *, batch: int = 8) -> Load:
     return load(counts, entropy)
 
 
-# ---------------------------------------------------------------- of generated text
-
-
 def known_words(texts: Iterable[str], known: Iterable[str], least: int = 4) -> float:
     """Share of the words of `least` letters or more in `texts` that also stand in `known`; 1 where there are none."""
     word = re.compile(rf"[^\W\d_]{{{least},}}")
@@ -98,9 +92,6 @@ def copies(text: str, source: str, length: int = 50) -> list[str]:
     hits = {i for i in range(0, len(text) - half + 1, half) if text[i : i + half] in source}
     starts = (s for s in range(len(text) - length + 1) if -(-s // half) * half in hits)
     return [text[s : s + length] for s in starts if text[s : s + length] in source]
-
-
-# ---------------------------------------------------------------- recall tasks
 
 
 def mqar(batch: int, length: int, pairs: int, vocab_size: int, generator: torch.Generator, power: float = 0.01):
@@ -141,9 +132,6 @@ def associative_recall(batch: int, keys: int, generator: torch.Generator, *, rep
     return k, v, v.gather(1, last.clamp(min=0)).where(last >= 0, -1)
 
 
-# ---------------------------------------------------------------- cost
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a model needs: FLOPs are per token (two per multiply-add), memory in bytes."""
@@ -172,14 +160,13 @@ class Cost:
         return self.state_bytes_fixed + context * self.state_bytes_per_token
 
     def __str__(self) -> str:
-        weights, optimizer, kept, all_ = (
-            f"{n / 1e6:,.0f}"
-            for n in (self.weight_bytes, self.optimizer_bytes, self.activation_bytes, self.training_bytes)
-        )
+        sizes = self.weight_bytes, self.weight_bytes, self.optimizer_bytes, self.activation_bytes
+        names = "weights", "gradients", "optimizer", "activations"
+        parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in zip(names, sizes, strict=True))
         return (
             f"{self.parameters / 1e6:.1f} M parameters, {self.active_parameters / 1e6:.1f} M active for a token; "
-            f"{self.training_flops / 1e6:,.0f} MFLOPs a token in training; memory about {all_} MB (weights {weights}, "
-            f"gradients {weights}, optimizer {optimizer}, activations {kept})"
+            f"{self.training_flops / 1e6:,.0f} MFLOPs a token in training; "
+            f"memory about {self.training_bytes / 1e6:,.0f} MB ({parts})"
         )
 
 
@@ -198,15 +185,9 @@ def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, opti
         x, positions = torch.empty(1, 2, c.hidden_size), torch.arange(2)[None]
         mixers = [block.mixer for block in model.layers]
         one, two = (sum(m(x[:, :n], None, positions[:, :n], None)[1].num_bytes for m in mixers) for n in (1, 2))
-    total, matrices, blocks, stacks = (
-        sum(p.numel() for p in parameters)
-        for parameters in (
-            model.parameters(),
-            (p for p in model.parameters() if p.ndim > 1),
-            (p for p in model.layers.parameters() if p.ndim > 1),
-            (p for block in model.moe_blocks for p in block.experts.parameters()),
-        )
-    )
+    total = sum(p.numel() for p in model.parameters())
+    matrices, blocks = (sum(p.numel() for p in part.parameters() if p.ndim > 1) for part in (model, model.layers))
+    stacks = sum(p.numel() for block in model.moe_blocks for p in block.experts.parameters())
     idle = stacks - stacks * c.num_experts_per_tok // c.num_experts
     looked_up = 0 if c.tie_word_embeddings else model.embed_tokens.weight.numel()
     kinds = [c.kind(layer) for layer in range(c.num_hidden_layers)]

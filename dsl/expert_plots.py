@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import TwoSlopeNorm
 
-from dsl.plots import COLORS
+from dsl.plots import COLORS, legend
 
 # Colours of this notebook's own: none of a mixer's. Wrong: what leaks, is uneven or is not balanced.
 WRONG, EXPERTS = "#882255", COLORS["experts"]
-METHODS = {"none": WRONG, "aux sequence": "#CCBB44", "aux batch": "#808020", "loss-free": EXPERTS}
+METHODS = {"none": (WRONG, "o"), "aux sequence": ("#CCBB44", "s"), "aux batch": ("#44AA99", "^")}
+METHODS |= {"loss-free": (EXPERTS, "v")}
 # Wang et al. 2024 (2408.15664), 1B parameters, 100B tokens: perplexity and MaxVio over the validation set.
 PUBLISHED = {"auxiliary loss,\nscope not stated": (9.56, 0.72), "loss-free": (9.50, 0.04)}
 SPEEDS = (EXPERTS, "#7668C4", "#B5ABE6", "#D6D0F2")  # darker is faster
@@ -27,47 +28,41 @@ def dynamics(
     histories: Mapping[float, Sequence[float]], floor: float, law: Mapping[float, float], guess: float | None = None
 ) -> plt.Figure:
     """MaxVio of each batch over the steps for each update speed, the floor, and where the law expects balance."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
     for (speed, maxvio), color in zip(histories.items(), SPEEDS, strict=False):
-        steps, window = np.arange(1, len(maxvio) + 1), min(15, len(maxvio))
-        smooth = np.convolve(maxvio, np.full(window, 1 / window), "valid")  # means of whole windows only
-        axis.plot(steps, maxvio, color=color, lw=0.6, alpha=0.4)
-        middle = steps[(window - 1) // 2 :][: len(smooth)]
-        axis.plot(middle, smooth, color=color, lw=1.6, label=f"update speed {speed:g}, mean of {window} steps")
+        each, window = pd.Series(maxvio, range(1, len(maxvio) + 1)), min(15, len(maxvio))
+        axis.plot(each, color=color, lw=0.6, alpha=0.4)
+        smooth = each.rolling(window, center=True).mean().dropna()  # means of whole windows only
+        axis.plot(smooth, color=color, lw=1.6, label=f"update speed {speed:g}, mean of {window} steps")
         if speed in law:
             axis.axvline(law[speed], color=color, ls=":", lw=1.2)
     axis.axhline(floor, color=COLORS["law"], lw=0.9, label="floor: a perfectly even router, sampled")
     if law:
         axis.plot([], [], color="#777777", ls=":", lw=1.2, label="law: needed bias / update speed")
-    _guess(axis, guess, "my guess for speed 0.001")
+    if guess is not None:
+        axis.axvline(guess, color=COLORS["law"], ls="--", lw=1.2, label="my guess for speed 0.001")
     axis.set(xscale="log", yscale="log", xlabel="step", ylabel="MaxVio of a batch = max load / mean - 1")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
-
-
-def _guess(axis: plt.Axes, value: float | None, label: str) -> None:
-    """The reader's prediction as a dashed line; None is none."""
-    if value is not None:
-        axis.axvline(value, color=COLORS["law"], ls="--", lw=1.2, label=label)
 
 
 def drops(factors, law, measured, skewed, mark: float | None = None) -> plt.Figure:
     """Share of assignments without room over the capacity factor: the law, an even router, a skewed one."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.5, 3.6))
     axis.plot(factors, law, color=COLORS["law"], ls="--", label="law for an even random router")
     axis.plot(factors, measured, "o", color=EXPERTS, label="even random router, measured")
     axis.plot(factors, skewed, "s-", color=WRONG, ms=4, label="skewed router: imbalance, not noise")
     if mark is not None:
         axis.axvline(mark, color="#777777", ls=":", lw=1.2)
-        axis.set_title(f"capacity factor {mark:g}: {np.interp(mark, factors, skewed):.1%} dropped")
+        axis.set_title(f"capacity factor {mark:g}: the skewed router drops {np.interp(mark, factors, skewed):.1%}")
     axis.set(yscale="log", xlabel="capacity factor", ylabel="dropped share of assignments", ylim=(1e-6, 1.5))
-    axis.legend(loc="best", fontsize=8)
+    axis.legend()
     return figure
 
 
 def look_ahead(shares: Mapping[str, float], trials: int, guess: float | None = None) -> plt.Figure:
     """In how many trials new scores of the last token changed an earlier one; whiskers: two standard errors."""
-    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 2.8))
     names, values = list(shares), np.array(list(shares.values()))
     colors = [EXPERTS if value == 0 else WRONG for value in values]
     error = 2 * np.sqrt(values * (1 - values) / trials)
@@ -78,31 +73,30 @@ def look_ahead(shares: Mapping[str, float], trials: int, guess: float | None = N
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     if guess is not None:
-        _guess(axis, 100 * guess, "my guess for expert choice")
-        axis.legend(loc="upper right", fontsize=8)
+        axis.axvline(100 * guess, color=COLORS["law"], ls="--", lw=1.2, label="my guess for expert choice")
+        axis.legend(loc="upper right")
     return figure
 
 
 def balance(results: pd.DataFrame, floor: float) -> plt.Figure:
     """Held-out loss against imbalance, one point a training; beside it the published pair."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     names = list(METHODS | PUBLISHED)
-    for method, color in METHODS.items():
+    for method, (color, marker) in METHODS.items():
         rows = results[results.method == method]
-        left.plot(rows.maxvio_global, rows.bits_per_byte, "o", color=color, label=method)
-        right.plot(rows.maxvio_global, [names.index(method)] * len(rows), "o", color=color)
+        left.plot(rows.maxvio_global, rows.bits_per_byte, marker, color=color, label=method)
+        right.plot(rows.maxvio_global, [names.index(method)] * len(rows), marker, color=color)
     for method, (perplexity, maxvio) in PUBLISHED.items():
         right.plot(maxvio, names.index(method), "D", color=COLORS["published"], ms=7)
         text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "left", "fontsize": 8}
         right.annotate(f"perplexity {perplexity:.2f}", (maxvio, names.index(method)), **text)
     left.set(xlabel="MaxVio on held-out text", ylabel="held-out bits per byte", xlim=(0, None))
-    left.margins(y=0.15)
-    left.legend(fontsize=8)
+    left.margins(y=0.1)
     right.plot([], [], "D", color=COLORS["published"], label="published, 1B (2408.15664)")
     right.axvline(floor, color=COLORS["law"], lw=0.9, label="sampling floor")
     right.set(xlabel="MaxVio on held-out text", xlim=(0, None), ylim=(-0.6, len(names) - 0.3))
     right.set_yticks(range(len(names)), names)
-    right.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.62))
+    legend(figure, ncols=6)
     return figure
 
 
@@ -112,27 +106,24 @@ def museum(caught: pd.DataFrame, losses: pd.DataFrame) -> plt.Figure:
     `losses` has columns bug, seed, reported, real, one row a training. Drawn is the difference from the shipped code
     with the first seed, whose start and data the bugs share; other seeds of the shipped code span the noise.
     """
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.8), layout="constrained", sharey=True, gridspec_kw={"width_ratios": [1.5, 1]}
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, width_ratios=[1.5, 1])
     left.imshow(caught.to_numpy(), cmap="Purples", vmin=0, vmax=1.3, aspect="auto")
     left.set_xticks(range(caught.shape[1]), caught.columns, rotation=35, ha="right", fontsize=8)
     left.set_yticks(range(caught.shape[0]), caught.index)
     left.grid(visible=False)
-    left.set_title("checks that fail (dark)")
+    left.set(title="checks that fail (dark)")
     shipped = losses[losses.bug == caught.index[0]].sort_values("seed").real
     noise = shipped - shipped.iloc[0]
     right.axvspan(noise.min(), noise.max(), color="#e6e6e6", label="shipped code, span of seeds")
     rows = losses.bug.map(list(caught.index).index)
     right.plot(losses.reported - shipped.iloc[0], rows, "o", color=COLORS["loss"], label="reported in training")
-    right.plot(
-        losses.real - shipped.iloc[0], rows, "o", mfc="none", ms=8, color=COLORS["held_out"], label="real tokens only"
-    )
+    ring = {"mfc": "none", "ms": 8, "color": COLORS["held_out"]}
+    right.plot(losses.real - shipped.iloc[0], rows, "o", **ring, label="real tokens only")
     right.set_xscale("symlog", linthresh=0.1, linscale=1.5)
     right.xaxis.set_major_formatter("{x:g}")
-    right.set(xlabel="loss less that of shipped, seed 0, nats per token")
-    right.set_title("what it does to the loss")
-    right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    scale = "symlog axis: linear between -0.1 and 0.1"
+    right.set(xlabel=f"loss less that of shipped, seed 0, nats per token\n({scale})", title="what it does to the loss")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26))
     return figure
 
 
@@ -142,35 +133,33 @@ def settling(table: pd.DataFrame, loads: Mapping[int, np.ndarray], settled: pd.D
     `table` is a run's metrics.csv and `loads` its shares by layer, [rows, experts]; `settled` has the steps of the
     checkpoints as index and a column a layer: the share of the last checkpoint's choices that each made already.
     """
-    figure, axes = plt.subplots(1, len(loads) + 2, figsize=(3 * len(loads) + 6, 2.8), layout="constrained")
-    for place, (layer, shares) in enumerate(loads.items()):
+    figure, axes = plt.subplots(1, len(loads) + 2, figsize=(3.2 * len(loads) + 6.4, 3))
+    for place, (axis, (layer, shares)) in enumerate(zip(axes, loads.items(), strict=False)):
         count = shares.shape[1]
-        axes[place].plot(table.step, shares * count, color=EXPERTS, lw=0.8, alpha=0.7)
-        axes[place].axhline(1, color=COLORS["law"], ls="--", lw=1.2)
-        axes[place].set(
-            xlabel="step", ylabel="load / even load", title=f"layer {layer}: {count} experts", ylim=(0, None)
-        )
+        axis.plot(table.step, shares * count, color=EXPERTS, lw=0.8, alpha=0.7)
+        axis.axhline(1, color=COLORS["law"], ls="--", lw=1.2)
+        axis.set(xlabel="step", ylabel="load / even load", title=f"layer {layer}: {count} experts", ylim=(0, None))
         style = {"color": SPEEDS[place % len(SPEEDS)], "label": f"layer {layer}"}
         axes[-2].plot(table.step, table[f"entropy_{layer}"], **style)
         axes[-1].plot(settled.index, settled.iloc[:, place], "o-", **style)
     axes[-2].axhline(math.log(count), color=COLORS["law"], ls="--", lw=1.2)
-    axes[-2].set(xlabel="step", ylabel="nats", title=f"entropy of the mean scores, at most ln {count}")
-    axes[-1].set(xlabel="step of the checkpoint", ylim=(0, 1), title="share of the last one's choices")
-    axes[-1].legend(fontsize=8)  # and of the panel beside it
+    axes[-2].set(xlabel="step", ylabel=f"entropy, nats (max ln {count})", title="mean scores of the routers")
+    axes[-1].set(xlabel="step of the checkpoint", ylabel="share of the choices", ylim=(0, 1.02))
+    axes[-1].set(title="choices shared with the last checkpoint")
+    axes[-1].legend()  # and of the panel beside it
     return figure
 
 
 def kinds(names: Sequence[str], shares: np.ndarray, title: str = "") -> plt.Figure:
     """How each kind of token is spread over the experts, relative to an even spread."""
-    figure, axis = plt.subplots(figsize=(0.9 + 0.75 * shares.shape[1], 0.9 + 0.36 * len(names)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(0.9 + 0.75 * shares.shape[1], 0.9 + 0.36 * len(names)))
     ratio = shares * shares.shape[1]
     norm = TwoSlopeNorm(1, vmin=0, vmax=max(2, ratio.max()))
     image = axis.imshow(ratio, cmap="PuOr_r", norm=norm, aspect="auto")
     for (row, column), value in np.ndenumerate(ratio):
-        color = "black" if 0.15 < norm(value) < 0.85 else "white"
+        color = "black" if np.dot(image.to_rgba(value)[:3], (0.30, 0.59, 0.11)) > 0.5 else "white"  # by the luminance
         axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
-    axis.set(xlabel="expert", xticks=range(shares.shape[1]), title=title)
-    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="expert", xticks=range(shares.shape[1]), yticks=range(len(names)), yticklabels=names, title=title)
     axis.grid(visible=False)
     figure.colorbar(image, label="share / even share")
     return figure
@@ -179,7 +168,7 @@ def kinds(names: Sequence[str], shares: np.ndarray, title: str = "") -> plt.Figu
 def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int, per_row: int = 10) -> plt.Figure:
     """One text's way through the layers, `per_row` tokens a row: each token's first expert in each layer [L, T]."""
     layers, rows = len(experts), math.ceil(len(pieces) / per_row)
-    figure, axes = plt.subplots(rows, 1, figsize=(9, (0.34 * layers + 0.4) * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, 1, figsize=(9, (0.34 * layers + 0.4) * rows), squeeze=False)
     for axis, start in zip(axes[:, 0], range(0, len(pieces), per_row), strict=True):
         part, some = pieces[start : start + per_row], experts[:, start : start + per_row]
         colors = {"cmap": plt.get_cmap("tab20", num_experts), "vmin": -0.5, "vmax": num_experts - 0.5, "alpha": 0.7}
@@ -199,14 +188,12 @@ def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int, per_ro
 
 def silent(routed: np.ndarray, shared: np.ndarray | None) -> plt.Figure:
     """Rise of the loss when one expert falls silent: routed [L, E], shared [L]."""
-    figure, axis = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.5, 3.2))
     for layer, row in enumerate(routed):
-        axis.plot(
-            np.full(len(row), layer), np.sort(row), "o", color=EXPERTS, label="" if layer else "one routed expert"
-        )
+        axis.plot([layer] * len(row), np.sort(row), "o", color=EXPERTS, label="" if layer else "one routed expert")
     if shared is not None:
         axis.plot(np.arange(len(shared)), shared, "D", color=SPEEDS[1], ms=8, label="the shared expert")
     axis.set(xlabel="layer", ylabel="rise of the loss, nats per token", xticks=range(len(routed)))
     axis.margins(x=0.3)
-    axis.legend(fontsize=8)
+    axis.legend()
     return figure

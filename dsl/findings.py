@@ -110,7 +110,6 @@ def claims(table: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
             digits = max(0, 1 - math.floor(math.log10(half)))  # two of the interval's
             ours = f"{mean:.{digits}f} ± {half:.{digits}f}"
         verdict = compare.verdict(mean - against, half, claim["sign"], claim.get("margin", 0.0))
-        rows.append(
-            row | {"ours": ours + claim["unit"] if len(found) else "not run", "seeds": len(found), "verdict": verdict}
-        )
+        said = ours + claim["unit"] if len(found) else "not run"
+        rows.append(row | {"ours": said, "seeds": len(found), "verdict": verdict})
     return pd.DataFrame(rows)[["claim", "published", "ours", "seeds", "verdict", "source"]]

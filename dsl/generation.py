@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from numbers import Integral, Real
 from threading import Event
 
 import torch
@@ -19,8 +18,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dsl.attention import State
 from dsl.hub import DslForCausalLM
 from dsl.model import LanguageModel
+from dsl.schema import Sampling
 
 RUNNERS_UP = 5
 COLDEST = 1e-6  # temperature: by less, fp32 logits would be divided to infinity
@@ -52,7 +53,14 @@ class Reading:
     state_bytes: int
 
 
-Steps = Generator[Tensor | Token | None, Reading | None, None]
+def read(core: LanguageModel, ids: Tensor, state: list[State] | None = None) -> tuple[Reading, list[State]]:
+    """Read ids [1, T] after a state."""
+    hidden, state, stats = core(ids, state)
+    experts = [layer.experts[0, -1] for layer in stats]
+    return Reading(core.logits(hidden[:, -1]), experts, sum(layer.num_bytes for layer in state)), state
+
+
+Turns = Generator[Tensor | Token | None, Reading | None, None]
 
 
 class _Text:
@@ -76,59 +84,25 @@ class _Text:
         return piece
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: temperature 0 takes the likeliest, a seed makes sampling repeatable.
+def _chooser(how: Sampling, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function from the ids so far [1, T] and the next one's logits [1, V] to the next id [1]."""
+    filters, chance = transformers.LogitsProcessorList(), None
+    if how.repetition_penalty != 1:
+        filters.append(transformers.RepetitionPenaltyLogitsProcessor(how.repetition_penalty))
+    if how.temperature > 0:
+        filters.append(transformers.TemperatureLogitsWarper(max(how.temperature, COLDEST)))
+        filters += [transformers.TopKLogitsWarper(how.top_k)] if how.top_k else []
+        filters += [transformers.TopPLogitsWarper(how.top_p)] if how.top_p else []
+        chance = torch.Generator(device)
+        chance.seed() if how.seed is None else chance.manual_seed(how.seed)
 
-    Raises ValueError, a line for each broken rule.
-    """
+    def choose(ids: Tensor, logits: Tensor) -> Tensor:
+        scores = filters(ids, logits).clamp(max=torch.finfo(torch.float32).max)  # of a tiny repetition penalty
+        if chance is None:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1)[0], 1, generator=chance)
 
-    max_new_tokens: int = 100
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        def bad(name: str, kind: type, least: float, most: float = 1.7e308) -> bool:
-            value = getattr(self, name)
-            if value is None and name in ("top_k", "top_p", "seed"):
-                return False
-            return not isinstance(value, kind) or isinstance(value, bool) or not least <= value <= most
-
-        above_zero = 5e-324
-        rules = {
-            "max_new_tokens": ("be a positive integer", Integral, 1),
-            "temperature": ("be a number from 0 (greedy) up", Real, 0),
-            "top_k": ("be a positive integer or None", Integral, 1),
-            "top_p": ("be in (0, 1] or None", Real, above_zero, 1),
-            "repetition_penalty": ("be positive", Real, above_zero),
-            "seed": ("be an integer from 0 or None", Integral, 0, 2**63 - 1),
-        }
-        wrong = [(name, text) for name, (text, *bounds) in rules.items() if bad(name, *bounds)]
-        if wrong:
-            raise ValueError("\n".join(f"{name} must {text}, got {getattr(self, name)!r}" for name, text in wrong))
-
-    def chooser(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function from the ids so far [1, T] and the next one's logits [1, V] to the next id [1]."""
-        filters, chance = transformers.LogitsProcessorList(), None
-        if self.repetition_penalty != 1:
-            filters.append(transformers.RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
-        if self.temperature > 0:
-            filters.append(transformers.TemperatureLogitsWarper(max(float(self.temperature), COLDEST)))
-            filters += [transformers.TopKLogitsWarper(int(self.top_k))] if self.top_k else []
-            filters += [transformers.TopPLogitsWarper(float(self.top_p))] if self.top_p else []
-            chance = torch.Generator(device)
-            chance.seed() if self.seed is None else chance.manual_seed(self.seed)
-
-        def choose(ids: Tensor, logits: Tensor) -> Tensor:
-            scores = filters(ids, logits).clamp(max=torch.finfo(torch.float32).max)  # of a tiny repetition penalty
-            return (
-                scores.argmax(-1) if chance is None else torch.multinomial(scores.softmax(-1)[0], 1, generator=chance)
-            )
-
-        return choose
+    return choose
 
 
 def _prompt_ids(model: DslForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -159,25 +133,23 @@ def generate(
 ) -> Iterator[Token]:
     """Tokens that continue the prompt: until eos (the last token then), max_new_tokens, the window's end, or `stop`.
 
-    `sampling` are the fields of `Sampling`; temperature 0 equals `model.generate(do_sample=False)`; an empty prompt
-    starts from bos or eos. Raises ValueError when called, before the first token.
+    `sampling` are the fields of `schema.Sampling`; temperature 0 equals `model.generate(do_sample=False)`; an empty
+    prompt starts from bos or eos. Raises ValueError when called, before the first token.
     """
-    return _alone(model.model, steps(model, tokenizer, prompt, stop=stop, **sampling))
+    return _read_alone(model.model, turns(model, tokenizer, prompt, stop=stop, **sampling))
 
 
 @torch.inference_mode()
-def _alone(core: LanguageModel, turns: Steps) -> Iterator[Token]:
+def _read_alone(core: LanguageModel, asked: Turns) -> Iterator[Token]:
     """The model's calls for one sequence."""
     state = None
-    for ids in turns:
-        hidden, state, stats = core(ids, state)
-        experts = [layer.experts[0, -1] for layer in stats]
-        token = turns.send(Reading(core.logits(hidden[:, -1]), experts, sum(layer.num_bytes for layer in state)))
-        if token is not None:
+    for ids in asked:
+        reading, state = read(core, ids, state)
+        if (token := asked.send(reading)) is not None:
             yield token
 
 
-def steps(model, tokenizer, prompt, *, stop=None, **sampling) -> Steps:
+def turns(model, tokenizer, prompt, *, stop=None, **sampling) -> Turns:
     """The loop of `generate` without the model's calls, so that many may share them.
 
     It gives, in turn, the ids [1, T] that the model must read next (the prompt, then one at a time) and, when it is
@@ -186,14 +158,14 @@ def steps(model, tokenizer, prompt, *, stop=None, **sampling) -> Steps:
     how = Sampling(**sampling)
     if model.training:
         raise ValueError("model must be in eval mode: in training, experts drop what exceeds their capacity")
-    return _loop(model, tokenizer, _prompt_ids(model, tokenizer, prompt), how, getattr(stop, "is_set", stop))
+    return _turns(model, tokenizer, _prompt_ids(model, tokenizer, prompt), how, getattr(stop, "is_set", stop))
 
 
 @torch.inference_mode()
-def _loop(model, tokenizer, ids: list[int], how: Sampling, stopped: Callable[[], bool] | None) -> Steps:
+def _turns(model, tokenizer, ids: list[int], how: Sampling, stopped: Callable[[], bool] | None) -> Turns:
     text, ends = _Text(tokenizer, ids[-1]), {tokenizer.eos_token_id}
     ends.update(torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist())
-    tokens, choose = torch.tensor([ids], device=model.device), how.chooser(model.device)
+    tokens, choose = torch.tensor([ids], device=model.device), _chooser(how, model.device)
     reading = yield tokens
     yield None
     for position in range(len(ids), min(len(ids) + how.max_new_tokens, model.config.context_limit or math.inf)):

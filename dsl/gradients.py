@@ -18,6 +18,8 @@ from dsl.moe import RoutingStats
 from dsl.optim import Precision
 from dsl.processes import Processes
 
+CPU_MEMORY = "DefaultCPUAllocator"  # out of memory on a CPU is a RuntimeError like any other, but for its text
+
 
 class Objective(nn.Module):
     """What a step makes small: tokens and labels [R, T] -> (loss, the routers' own losses, routing statistics)."""
@@ -57,3 +59,15 @@ def _tally(loss: Tensor, stats: list[RoutingStats], share: float) -> Tensor:
     wide = torch.float32 if loss.device.type == "mps" else torch.float64
     means = [t.to(wide) * share for t in (loss, *(s.entropy for s in stats), *(s.dropped for s in stats))]
     return torch.cat([torch.stack(means), *(s.counts.to(wide) for s in stats)])
+
+
+def out_of_memory(error: RuntimeError, device: torch.device, rows: int, turns: int) -> str | None:
+    """Where an error is a lack of memory: what it says, and the next smaller micro-batch that keeps a step's rows."""
+    if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY not in str(error):
+        return None
+    advice, whole = "a shorter max_position_embeddings or a smaller model", rows * turns
+    for smaller in (n for n in range(1, rows) if whole % n == 0):
+        advice = f"per_device_train_batch_size={smaller} gradient_accumulation_steps={whole // smaller}"
+        advice += f", the same {whole} rows a step"
+    reason = str(error).partition("\n")[0]
+    return f"{device} is out of memory with {rows} rows at a time: try {advice}. {reason}"

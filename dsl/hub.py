@@ -68,7 +68,7 @@ class DslConfig(PreTrainedConfig, _CoreFields):
 
     def core(self) -> ModelConfig:
         """The checked, frozen config of the core; raises ValueError."""
-        return settings.model_config({f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+        return schema.model_config(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
     @property
     def context_limit(self) -> int | None:
@@ -247,10 +247,8 @@ def _silent(name: str) -> bool:
     """Whether the hub does not answer at all: asked once, since its library would try for half a minute."""
     try:
         HfApi().model_info(name, timeout=10)
-    except HfHubHTTPError:  # an answer, which the library explains
-        return False
-    except (HTTPError, ConnectionError):
-        return True
+    except (HTTPError, ConnectionError) as error:
+        return not isinstance(error, HfHubHTTPError)  # that is an answer, which the library explains
     return False
 
 

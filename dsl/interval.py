@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -33,7 +34,8 @@ class Interval:
         self._begin()
 
     def _begin(self) -> None:
-        self.sums, self.steps, self.tokens, self.busy = 0.0, 0, 0, 0.0
+        self.sums, self.steps = 0.0, 0
+        self.batches, self.tokens, self.busy = 0, 0, 0.0  # of this process: a row may begin in one that has ended
         self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def counts(self, tally: Tensor) -> Tensor:
@@ -44,9 +46,13 @@ class Interval:
         """A step was taken."""
         self.sums, self.steps = self.sums + tally, self.steps + 1
 
-    def spend(self, seconds: float, tokens: int) -> None:
+    def spend(self, seconds: float, tokens: int, batches: int = 1) -> None:
         """A batch took so long, whether it made a step or not."""
-        self.busy, self.tokens = self.busy + seconds, self.tokens + tokens
+        self.busy, self.tokens, self.batches = self.busy + seconds, self.tokens + tokens, self.batches + batches
+
+    def spent(self) -> tuple[float, int, int]:
+        """What `spend` would have to be told."""
+        return self.busy, self.tokens, self.batches
 
     def close(self) -> dict[str, Any]:
         """The interval's columns of metrics.csv; warns of experts; the next interval begins."""
@@ -54,11 +60,11 @@ class Interval:
         loss, entropy, dropped, _ = (sums / self.steps).split([1, L, L, L * self.experts])
         load = evaluation.load(self.counts(sums), entropy, dropped)
         self._watch(load.share)
-        memory, gpu = psutil.Process().memory_info().rss / 1e6, None
-        if torch.cuda.is_available():
-            gpu = torch.cuda.max_memory_allocated() / 1e6
+        memory = psutil.Process().memory_info().rss / 1e6
+        gpu = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        times = (self.busy / self.steps, self.tokens / self.busy, memory, 100 * cpu / wall, gpu)
+        pace, speed = self.busy / self.batches, self.tokens / self.busy
+        times = (pace, speed, memory, 100 * cpu / wall, gpu, gpu_percent(self.sums.device))
         row = {"loss": loss.item(), **dict(zip(TIME_COLUMNS, times, strict=True))}
         for i, layer in enumerate(self.layers):
             row[f"load_{layer}"] = ";".join(f"{share:.5g}" for share in load.share[i].tolist())
@@ -84,3 +90,9 @@ class Interval:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.steps = state["steps"]
         self.sums = torch.tensor(state["sums"], dtype=torch.float64).to(device) if state["steps"] else 0.0
+
+
+def gpu_percent(device: torch.device) -> int | None:
+    """The GPU's utilisation in the last second; None without one, and where NVML cannot be asked."""
+    with suppress(Exception):  # NVML's errors have no common name where its library is missing; none is worth a run
+        return torch.cuda.utilization(device) if device.type == "cuda" else None

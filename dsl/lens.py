@@ -79,11 +79,8 @@ def analyse(source: str | Path) -> Path:
         raise checkpoint.CheckpointError(f"no good checkpoint in {source}")
     model, tokenizer = hub.load(folder)
     run = Run.from_dict(checkpoint.read_trainer(folder)["settings"])
-    corpus = data.open_corpus(
-        run.data.model_copy(
-            update={"held_out_bytes": settings.preset("tiny").data.held_out_bytes if settings.smoke() else 400_000}
-        )
-    )
+    held_out = settings.preset("tiny").data.held_out_bytes if settings.smoke() else 400_000
+    corpus = data.open_corpus(run.data.model_copy(update={"held_out_bytes": held_out}))
     rows, n_bytes = data.held_out_rows(corpus, tokenizer, run.model.max_position_embeddings)
     losses = token_losses(model.model, rows)
     found = [("final", "", "bits_per_byte", n_bytes, float(losses.nansum()) / np.log(2) / n_bytes)]
@@ -106,29 +103,26 @@ def _positions(model: LanguageModel, run: Run, losses: Tensor, longer: Tensor) -
 
     Both cut the same text into rows, so a token of a longer row is compared with itself in a row of the window.
     """
-    window = losses.shape[1]
-    for low, high in pairwise(BINS):
-        if high <= window:
-            some = losses[:, low:high]
-            yield "position", "", low, int(some.isfinite().sum()), float(some.nanmean())
-    if "full_attention" in run.model.layer_types:
-        return
-    far = token_losses(model, longer)
-    more = far - F.pad(losses.flatten(), (0, far.numel() - losses.numel()), value=torch.nan).view_as(far)
-    for low, high in pairwise(BINS):
-        if window <= low and high <= far.shape[1]:
-            some = more[:, low:high]
-            yield "longer", "", low, int(some.isfinite().sum()), float(some.nanmean())
+    measured = [("position", 0, losses)]
+    if "full_attention" not in run.model.layer_types:
+        far = token_losses(model, longer)
+        near = F.pad(losses.flatten(), (0, far.numel() - losses.numel()), value=torch.nan).view_as(far)
+        measured.append(("longer", losses.shape[1], far - near))
+    for measure, first, values in measured:
+        for low, high in pairwise(BINS):
+            if first <= low and high <= values.shape[1]:
+                some = values[:, low:high]
+                yield measure, "", low, int(some.isfinite().sum()), float(some.nanmean())
 
 
 def _experts(model: LanguageModel, run: Run, tokens: Tensor) -> Iterator[tuple]:
     """How the choices settled over the checkpoints, and what decides them in the last."""
-    places = [checkpoint.step_dir(run.run_dir, step) for step in checkpoint.steps(run.run_dir)]
     last, count = routing.routes(model, tokens), run.model.num_experts
-    for place in places:
-        same = routing.saturation(routing.routes(hub.load(place)[0].model, tokens), last).tolist()
+    for step in checkpoint.steps(run.run_dir):
+        then = hub.load(checkpoint.step_dir(run.run_dir, step))[0].model
+        same = routing.saturation(routing.routes(then, tokens), last).tolist()
         for layer, share in zip(run.model.moe_layers, same, strict=True):
-            yield "saturation", layer, int(place.name[5:]), tokens.numel(), share
+            yield "saturation", layer, step, tokens.numel(), share
     shuffled = tokens.flatten()[torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(0))]
     for layer, experts in zip(run.model.moe_layers, last[..., 0], strict=True):
         for key, of in {"token": tokens, "token before": tokens.roll(1, 1), "chance": shuffled}.items():
@@ -146,8 +140,7 @@ def of_runs(names: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[
     for place in places:
         about = {"config": place.name, "seed": 0}
         if (place / "metrics.csv").exists():
-            curve = compare.curve(place).dropna(subset=["held_out_bits_per_byte"])
-            curves.append(curve.assign(maxvio=curve.filter(like="maxvio_").mean(axis=1), **about))
+            curves.append(compare.curve(place).dropna(subset=["held_out_bits_per_byte"]).assign(**about))
         try:
             newest, made = checkpoint.newest(settings.find_run(place.name) or place)[0], analysis(place)
             if not (made.exists() and newest and made.stat().st_mtime > newest.stat().st_mtime):

@@ -42,9 +42,6 @@ class RoutingStats:
     weights: Tensor  # [B, T, k] fp32
 
 
-# ---------------------------------------------------------------- routing as functions
-
-
 def choose_experts(
     scores: Tensor,
     k: int,
@@ -133,9 +130,6 @@ def loss_free_update(bias: Tensor, counts: Tensor, speed: float) -> Tensor:
     counts = counts.to(bias.dtype)
     bias = bias + speed * torch.sign(counts.mean(-1, keepdim=True) - counts)
     return bias - bias.mean(-1, keepdim=True)
-
-
-# ---------------------------------------------------------------- modules
 
 
 class TopKRouter(nn.Module):

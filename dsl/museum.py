@@ -8,7 +8,8 @@ of `reference_moe` that is meant to see it, and `practise` is the plain training
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +17,36 @@ from torch import Tensor
 
 from dsl import model, moe, ops, routing
 
+BUGS: dict[str, Callable[[], AbstractContextManager]] = {}  # each gives a patch of the shipped code
+CAUGHT_BY: dict[str, str] = {}
 
+
+def _bug(name: str, caught_by: str):
+    """Enter a bug under its name, with the check that is meant to see it."""
+
+    def enter(patched: Callable[[], AbstractContextManager]):
+        BUGS[name], CAUGHT_BY[name] = patched, caught_by
+        return patched
+
+    return enter
+
+
+@_bug("gate weights unused", caught_by="router gets a gradient")
 def _gate_weights_unused():
     """The k experts are averaged; what the router thinks of them is computed and thrown away."""
     shipped = moe.Experts.forward
-    return moe.Experts, "forward", lambda self, x, e, w: shipped(self, x, e, torch.full_like(w, 1 / w.shape[-1]))
+    return patch.object(
+        moe.Experts, "forward", lambda self, x, e, w: shipped(self, x, e, torch.full_like(w, 1 / w.shape[-1]))
+    )
 
 
+@_bug("rotary not called", caught_by="order matters")
 def _rotary_not_called():
     """Rotary positions are defined, and never applied: without another source of order, words are a bag."""
-    return ops, "rotary", lambda x, positions, theta: x
+    return patch.object(ops, "rotary", lambda x, positions, theta: x)
 
 
+@_bug("padding counted", caught_by="padding is free")
 def _padding_counted():
     """Padding is a label like any other; predicting it is easy, so the reported loss is far too low."""
     shipped = model.LanguageModel.loss
@@ -35,15 +54,17 @@ def _padding_counted():
     def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         return shipped(self, hidden, labels.clamp(min=0), reduction)  # -100 becomes token 0, as in a padded batch
 
-    return model.LanguageModel, "loss", loss
+    return patch.object(model.LanguageModel, "loss", loss)
 
 
+@_bug("capacity used as k", caught_by="output = weighted sum over k")
 def _capacity_as_k():
     """topk(k=capacity): a token visits every expert, the load is perfectly even, the work E / k times too much."""
     shipped = moe.choose_experts
-    return moe, "choose_experts", lambda scores, k, **rest: shipped(scores, scores.shape[-1], **rest)
+    return patch.object(moe, "choose_experts", lambda scores, k, **rest: shipped(scores, scores.shape[-1], **rest))
 
 
+@_bug("k-major drops", caught_by="no look ahead")
 def _k_major_drops():
     """GShard's order: every first choice is served before any second, so later tokens push out earlier ones."""
 
@@ -53,23 +74,22 @@ def _k_major_drops():
             rank = rank + ~keep[..., None].bool() * experts[0].numel()
         return routing.served(experts, num_experts, capacity, rank)
 
-    return moe, "within_capacity", within
+    return patch.object(moe, "within_capacity", within)
 
 
+@_bug("drops at rest", caught_by="prefix = whole")
 def _drops_at_rest():
     """Capacity binds outside training too: its size follows the length, so a prefix differs from the whole."""
     shipped = moe.MoE.forward
 
     def forward(self, x: Tensor, keep: Tensor | None = None):
-        before, self.training = self.training, True
-        try:
+        with patch.object(self, "training", True):
             return shipped(self, x, keep)
-        finally:
-            self.training = before
 
-    return moe.MoE, "forward", forward
+    return patch.object(moe.MoE, "forward", forward)
 
 
+@_bug("bias inside the gate", caught_by="bias only chooses")
 def _bias_inside_the_gate():
     """The balance bias is added to the scores once and for all: it also weighs, and bends what the experts learn."""
     shipped = moe.choose_experts
@@ -77,61 +97,28 @@ def _bias_inside_the_gate():
     def choose(scores: Tensor, k: int, *, bias: Tensor | None = None, **rest):
         return shipped(scores if bias is None else scores + bias, k, **rest)
 
-    return moe, "choose_experts", choose
+    return patch.object(moe, "choose_experts", choose)
 
 
-BUGS: dict[str, Callable[[], tuple]] = {
-    "gate weights unused": _gate_weights_unused,
-    "rotary not called": _rotary_not_called,
-    "padding counted": _padding_counted,
-    "capacity used as k": _capacity_as_k,
-    "k-major drops": _k_major_drops,
-    "drops at rest": _drops_at_rest,
-    "bias inside the gate": _bias_inside_the_gate,
-}
-CAUGHT_BY = {
-    "gate weights unused": "router gets a gradient",
-    "rotary not called": "order matters",
-    "padding counted": "padding is free",
-    "capacity used as k": "output = weighted sum over k",
-    "k-major drops": "no look ahead",
-    "drops at rest": "prefix = whole",
-    "bias inside the gate": "bias only chooses",
-}
-
-
-@contextmanager
-def bug(name: str | None) -> Iterator[None]:
+def bug(name: str | None) -> AbstractContextManager:
     """The shipped code with one of `BUGS` in it (None: as it is); put back at the end, whatever happens."""
     if name is None:
-        yield
-        return
+        return nullcontext()
     if name not in BUGS:
         raise ValueError(f"bug must be one of {', '.join(BUGS)}, got {name!r}")
-    owner, attribute, broken = BUGS[name]()
-    shipped = getattr(owner, attribute)
-    setattr(owner, attribute, broken)
-    try:
-        yield
-    finally:
-        setattr(owner, attribute, shipped)
+    return BUGS[name]()
 
 
-@contextmanager
-def favourites(strength: float, experts: tuple[int, ...] = (0, 1)) -> Iterator[None]:
-    """Collapse on purpose: in the block every router prefers these experts by `strength`; it weighs them honestly."""
+def favourites(strength: float) -> AbstractContextManager:
+    """Collapse on purpose: in the block every router prefers experts 0 and 1 by `strength`; it weighs them honestly."""
     shipped = moe.choose_experts
 
     def choose(scores: Tensor, k: int, *, bias: Tensor | None = None, **rest):
         preference = torch.zeros_like(scores[0, 0])
-        preference[list(experts)] = strength
+        preference[:2] = strength
         return shipped(scores, k, bias=preference if bias is None else bias + preference, **rest)
 
-    moe.choose_experts = choose
-    try:
-        yield
-    finally:
-        moe.choose_experts = shipped
+    return patch.object(moe, "choose_experts", choose)
 
 
 def practise(

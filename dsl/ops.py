@@ -16,9 +16,6 @@ from torch import Tensor
 EPS = 1e-6  # of the normaliser: elu(x) + 1 is exactly 0 in fp32 from x = -18 on
 
 
-# ---------------------------------------------------------------- feature maps
-
-
 def elu_feature_map(x: Tensor) -> Tensor:
     """elu(x) + 1, any shape (Katharopoulos et al. 2020, arXiv 2006.16236, eq. 7)."""
     return F.elu(x).add_(1)
@@ -38,9 +35,6 @@ def taylor_feature_map(x: Tensor) -> Tensor:
 
 
 FEATURE_MAPS = {"elu": elu_feature_map, "dpfp": dpfp_feature_map, "taylor": taylor_feature_map}
-
-
-# ---------------------------------------------------------------- linear attention
 
 
 def linear_attention(
@@ -105,9 +99,6 @@ def _linear_chunked(q, k, v, state, chunk_size):
     q, k, v, before = (x.flatten(0, 2) for x in (q, k, v, before))
     out = ((q @ k.mT).mul_(causal) @ v).baddbmm_(q, before)
     return _unchunk(out.unflatten(0, chunks), R, C, T), after[:, :, -1]
-
-
-# ---------------------------------------------------------------- delta rule
 
 
 def delta_rule(
@@ -185,9 +176,6 @@ def _delta_chunked(q, k, v, beta, decay, state, chunk_size):
     return _unchunk(inner + outer, R, C, T), state
 
 
-# ---------------------------------------------------------------- positions, short convolution
-
-
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary positions: turn the pairs (x_i, x_{i + D/2}) of x [B, T, heads, D] by positions [B, T] * theta^(-2i/D).
 
@@ -216,9 +204,6 @@ def short_convolution(x: Tensor, weight: Tensor, window: Tensor | None = None) -
         return (wide * weight[:, 0].mT).sum(1, keepdim=True), wide[:, 1:]
     y = F.conv1d(wide.mT, weight, groups=weight.shape[0]).mT if x.shape[1] else x
     return y, wide[:, x.shape[1] :]
-
-
-# ---------------------------------------------------------------- shared by the forms
 
 
 def _group(q: Tensor, G: int) -> Tensor:

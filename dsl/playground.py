@@ -66,20 +66,23 @@ def load_html(tokens: Sequence[Token], layers: Sequence[int], experts: int) -> s
 class Panel:
     """One checkpoint's side of the screen: its choice, text, load and figures."""
 
-    def __init__(self, options: list[tuple[str, str]], value: str | None):
-        self.source = W.Dropdown(options=options, value=value, description="Checkpoint")
+    def __init__(self, options: list[tuple[str, str]], value: str | None, name: str = "Checkpoint"):
+        wide = {"width": "auto", "max_width": "100%"}  # never past the edge of its side
+        self.source = W.Dropdown(options=options, value=value, description=name, layout=wide)
         self.layer = W.Dropdown(options=[], description="Colours of", layout={"width": "230px", "display": "none"})
         self.text, self.load, self.status = W.HTML(colors.box("")), W.HTML(), W.HTML("ready" if value else "")
         for name in ("source", "layer", "text", "load", "status"):
             getattr(self, name).add_class(f"dsl-{name}")
-        self.box = W.VBox([W.HBox([self.source, self.layer]), self.status, self.text, self.load])
+        choice = W.HBox([self.source, self.layer], layout={"flex_flow": "row wrap"})
+        self.box = W.VBox([choice, self.status, self.text, self.load], layout={"min_width": "0"})
         self.source.observe(self._size, "value")
         self._size()
         self.loaded, self.prompt, self.tokens, self.end, self.drawn = (None, None, None), "", [], "ready", 0.0
         self.layer.observe(lambda _: self.draw(), "value")
 
     def _size(self, _=None) -> None:
-        self.box.layout.width = "100%" if self.source.value else "auto"
+        """An equal share of the line, or no more than the choice needs while nothing is chosen."""
+        self.box.layout.flex = "1 1 0" if self.source.value else "0 1 auto"
 
     def begin(self, prompt: str, stop: threading.Event, sampling: dict) -> None:
         """Load what is chosen and start. Raises CheckpointError, ValueError."""
@@ -137,7 +140,7 @@ class Playground:
         self.seed = W.BoundedIntText(value=0, min=0, max=2**53, description="Seed", **wide)
         self.go = W.Button(description="Generate", button_style="primary")
         self.halt = W.Button(description="Stop", button_style="danger", disabled=True)
-        self.panels = [Panel(options, chosen[0] or None), Panel([("nothing beside", ""), *options], chosen[1])]
+        self.panels = [Panel(options, chosen[0] or None), Panel([("nothing", ""), *options], chosen[1], "Beside")]
         for name in ("prompt", "temperature", "top_k", "top_p", "penalty", "length", "seed", "go", "halt"):
             getattr(self, name).add_class(f"dsl-{name.replace('_', '-')}")
         controls = [self.temperature, self.top_k, self.top_p, self.penalty, self.length, self.seed]

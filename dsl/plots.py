@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from dsl import settings
 
@@ -33,6 +34,8 @@ COLORS = {
 }
 mpl.rcParams.update(
     {
+        "figure.constrained_layout.use": True,
+        "figure.constrained_layout.w_pad": 0.1,  # inches: a y label stays clear of the panel on its left
         "figure.dpi": 90,
         "savefig.dpi": 150,
         "figure.facecolor": "white",
@@ -44,6 +47,7 @@ mpl.rcParams.update(
         "axes.axisbelow": True,
         "font.size": 10,
         "axes.titlesize": 10,
+        "legend.fontsize": 8,
         "legend.frameon": False,
         "lines.linewidth": 1.8,
     }
@@ -67,8 +71,7 @@ def show(figure: plt.Figure, name: str, run: str = "notebooks") -> None:
     place = folder(run)
     place.mkdir(parents=True, exist_ok=True)
     figure.savefig(place / f"{name}.png", metadata={"Software": None})
-    text = digest(figure)
-    display({"image/png": base64.b64encode(png(figure)).decode(), "text/plain": text}, raw=True)
+    display({"text/plain": digest(figure), "image/png": base64.b64encode(png(figure)).decode()}, raw=True)
 
 
 def png(figure: plt.Figure) -> bytes:
@@ -83,12 +86,10 @@ def digest(figure: plt.Figure) -> str:
     """What a figure shows, in a few rounded numbers a line."""
     lines = []
     for axis in figure.axes:
-        names = [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
-        lines.append(" | ".join(name for name in names if name))
+        lines.append(" | ".join(filter(None, (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()))))
         for line in axis.get_lines():
             y = np.asarray(line.get_ydata(), float)
-            y = y[~np.isnan(y)]
-            if y.size:
+            if (y := y[~np.isnan(y)]).size:
                 span = f"{_round(y[0])} .. {_round(y[-1])}, from {_round(y.min())} to {_round(y.max())}"
                 lines.append(f"  {line.get_label()}: {y.size} points, {span}")
         for bars in axis.containers:
@@ -101,10 +102,8 @@ def digest(figure: plt.Figure) -> str:
 
 
 def _round(x: float) -> str:
-    return "nan" if np.isnan(x) else f"{x + 0.0:.2g}"
+    return f"{x + 0.0:.2g}"  # without a minus before zero
 
-
-# ---------------------------------------------------------------- attention
 
 NAMES = {"softmax": "softmax", "elu": "linear (ELU+1)", "delta": "delta rule", "latent": "latent (MLA)"}
 NAMES |= {"taylor": "linear (Taylor, Based)", "dpfp1": "linear (DPFP-1)", "written out": "softmax, written out"}
@@ -122,35 +121,29 @@ def _color(kind: str) -> str:
 
 def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, float], guess: float) -> plt.Figure:
     """Loss over number of keys, ours (mean and span of seeds) over the authors' points; setting 1 left, 2 right."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True, layout="constrained")
-    of = lambda table: sorted({(r["setting"], r["memory"], r["rule"]) for r in table})  # noqa: E731
-    for setting, memory, rule in of(published):
-        theirs = [r for r in published if (r["setting"], r["memory"], r["rule"]) == (setting, memory, rule)]
-        points = sorted((r["keys"], r["loss"]) for r in theirs)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True)
+    kind, measured = ["setting", "memory", "rule"], {row["memory"] for row in rows}
+    for (setting, memory, rule), theirs in pd.DataFrame(published).sort_values("keys").groupby(kind):
         grey = {"color": COLORS["published"], "lw": 1, "ms": 7, "alpha": 0.7}
         label = f"{_memory(memory, rule)}, authors"
-        axes[setting - 1].plot(*zip(*points, strict=True), f"{MARKERS[memory, rule]}:", **grey, label=label)
-    for setting, memory, rule in of(rows):
-        axis, marker = axes[setting - 1], MARKERS[memory, rule]
-        mine = [r for r in rows if (r["setting"], r["memory"], r["rule"]) == (setting, memory, rule)]
-        keys = sorted({r["keys"] for r in mine})
-        seeds = [[r["loss"] for r in mine if r["keys"] == n] for n in keys]
+        axes[setting - 1].plot(theirs["keys"], theirs.loss, f"{MARKERS[memory, rule]}:", **grey, label=label)
+    for (setting, memory, rule), mine in pd.DataFrame(rows).groupby(kind):
+        axis, marker, seeds = axes[setting - 1], MARKERS[memory, rule], mine.groupby("keys").loss
         color = COLORS["delta"] if rule == "delta" else _color(memory)
-        style = {"color": color, "ls": "--" if marker == "v" else "-", "marker": marker, "ms": 4}
-        axis.plot(keys, [np.mean(s) for s in seeds], **style, label=f"{_memory(memory, rule)}, ours")
-        axis.vlines(keys, [min(s) for s in seeds], [max(s) for s in seeds], color=color, lw=3, alpha=0.4)
-    for axis, title in zip(axes, ("each key is written once", "keys come again, the last value counts"), strict=True):
-        axis.set(xlabel="number of keys N", title=f"Setting {1 if axis is axes[0] else 2}: {title}")
+        look = {"color": color, "ls": "--" if marker == "v" else "-", "marker": marker, "ms": 4}
+        axis.plot(seeds.mean(), **look, label=f"{_memory(memory, rule)}, ours")
+        axis.vlines(seeds.mean().index, seeds.min(), seeds.max(), color=color, lw=3, alpha=0.4)
+    titles = ("Setting 1: each key is written once", "Setting 2: keys come again, the last value counts")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(xlabel="number of keys N", title=title)
         ticks(axis, [n for n in (20, 40, 80, 160, 320, 600) if n <= axis.dataLim.xmax])
-    measured = {memory for _, memory, _ in of(rows)}
     for memory, width in capacities.items():
         color = _color(memory) if memory in measured else COLORS["published"]
         axes[0].axvline(width, color=color, ls=":", lw=1.2, label=f"_law, {memory}")
         note = f"law, {SHORT[memory]}: {width:.0f}"
         axes[0].annotate(note, (width, 0.6), rotation=90, ha="right", va="top", fontsize=8, color=color)
     axes[0].axvline(guess, color="black", ls="--", lw=1.2, label=f"my guess: N = {guess:g}")
-    axes[0].set_ylabel("retrieval loss, 0.5 |error|²")
-    axes[0].set_ylim(-0.012, 0.61)
+    axes[0].set(ylabel="retrieval loss, 0.5 |error|²", ylim=(-0.012, 0.61))
     for axis in axes:
         axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
     axes[0].get_legend().set_title("grey: the authors' logs, Schlag et al. 2021", {"size": 7.5})
@@ -163,7 +156,7 @@ def _memory(memory: str, rule: str) -> str:
 
 def interference(keys, curves: dict[tuple[str, str], list[float]], width: float, marked: int) -> plt.Figure:
     """Retrieval error of untrained random keys over their number, {(rule, features): values}, over the law's line."""
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6.4, 4))
     law = [(n - 1) / width for n in keys]
     axis.plot(keys, law, color=COLORS["law"], lw=1.2, label=f"law of the sum rule, (N - 1) / {width:g}")
     for (rule, features), values in curves.items():
@@ -172,8 +165,15 @@ def interference(keys, curves: dict[tuple[str, str], list[float]], width: float,
     axis.axvline(marked, color="black", ls="--", lw=1, label=f"N = {marked}")
     axis.set(xlabel="number of keys N", ylabel="mean squared error of a read value", yscale="log")
     ticks(axis, keys)
-    axis.legend(fontsize=8, loc="upper left")
+    axis.legend(loc="upper left")
     return figure
+
+
+def legend(figure: plt.Figure, **look) -> None:
+    """One legend below all panels, each label once."""
+    found = [axis.get_legend_handles_labels() for axis in figure.axes]
+    entries = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", **look)
 
 
 def ticks(axis, values) -> None:
@@ -185,28 +185,24 @@ def ticks(axis, values) -> None:
 
 def recall_curves(rows: list[dict]) -> plt.Figure:
     """MQAR accuracy over training steps: thin lines for seeds, thick for the mean, a panel for each number of pairs."""
-    panels = sorted({row["pairs"] for row in rows})
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 3.8), sharey=True, layout="constrained", squeeze=False
-    )
-    for pairs, axis in zip(panels, axes[0], strict=True):
-        for kind, lr in sorted({(r["kind"], r["lr"]) for r in rows if r["pairs"] == pairs}):
-            mine = [r for r in rows if (r["pairs"], r["kind"], r["lr"]) == (pairs, kind, lr)]
-            steps = [int(name.split()[1]) for name in mine[0] if name.startswith("step ")]
-            curves = np.array([[r[f"step {n}"] for n in steps] for r in mine])
-            style = "--" if lr > 5e-3 else "-"
-            axis.plot(steps, curves.T, color=_color(kind), ls=style, lw=0.6, alpha=0.6, label="_")
+    panels = pd.DataFrame(rows).groupby("pairs")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), sharey=True, squeeze=False)
+    for (pairs, panel), axis in zip(panels, axes[0], strict=True):
+        for (kind, lr), mine in panel.groupby(["kind", "lr"]):
+            curves = mine.filter(like="step ").rename(columns=lambda name: int(name.split()[1]))
+            look = {"color": _color(kind), "ls": "--" if lr > 5e-3 else "-"}
+            axis.plot(curves.T, **look, lw=0.6, alpha=0.6, label="_")
             label = f"{NAMES.get(kind, kind)}, rate {lr:g}, {len(mine)} seed{'s' * (len(mine) > 1)}"
-            axis.plot(steps, curves.mean(0), color=_color(kind), ls=style, lw=2.2, label=label)
+            axis.plot(curves.mean(), **look, lw=2.2, label=label)
         axis.set(xlabel="training steps (64 rows of 64 tokens)", title=f"{pairs} pairs")
-        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.16))
     axes[0, 0].set(ylabel="share of values recalled", ylim=(-0.02, 1.02))
+    legend(figure, ncols=3)
     return figure
 
 
 def scaling(lengths, panels: dict[str, dict[str, list[float]]], xlabel: str, notes: dict | None = None) -> plt.Figure:
     """Log-log curves over length, a panel for each quantity {"ylabel": {kind: values}}; notes join the labels."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), squeeze=False)
     for (ylabel, curves), axis in zip(panels.items(), axes[0], strict=True):
         for kind, values in curves.items():
             note = (notes or {}).get((ylabel, kind), "")
@@ -215,5 +211,5 @@ def scaling(lengths, panels: dict[str, dict[str, list[float]]], xlabel: str, not
             axis.plot(lengths[: len(values)], values, LINES.get(kind, "o-"), ms=size, color=color, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
         ticks(axis, lengths)
-        axis.legend(fontsize=8)
+        axis.legend()
     return figure

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import torch
@@ -73,6 +74,10 @@ class Processes:
         return box[0]
 
 
+class Interrupted(Exception):
+    """What was under way is given up, because of a signal."""
+
+
 class Interrupt:
     """While open, a first SIGINT or SIGTERM only sets `asked`; the same one again does what it would have done before.
 
@@ -94,6 +99,19 @@ class Interrupt:
     @property
     def asked(self) -> bool:
         return bool(self.seen)
+
+    def check(self, *_: Any) -> None:
+        """Raises Interrupted once a signal has asked; a hook of a module, with its arguments."""
+        if self.asked:
+            raise Interrupted
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps; raises Interrupted once a signal has asked, before it or meanwhile."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, 0.1))  # a handler that sets an Event which its own thread waits for may lock up
+        self.check()
 
     def _ask(self, number: int, frame) -> None:
         if number in self.seen:

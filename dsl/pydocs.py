@@ -26,24 +26,11 @@ from pathlib import Path
 
 FORMAT = 2  # raise it when documents come out differently
 # What `pip install dsl` brings anyway and documents well; one that is missing is skipped, and the key says so.
-PACKAGES = {
-    "numpy": "numpy",
-    "torch": "torch",
-    "matplotlib": "matplotlib",
-    "pandas": "pandas",
-    "transformers": "transformers",
-    "networkx": "networkx",
-    "huggingface_hub": "huggingface_hub",
-    "datasets": "datasets",
-    "pydantic": "pydantic",
-    "IPython": "ipython",
-    "tornado": "tornado",
-    "traitlets": "traitlets",
-    "jinja2": "jinja2",
-    "PIL": "pillow",
-    "fsspec": "fsspec",
-    "tqdm": "tqdm",
-}
+PACKAGES = (
+    "numpy", "torch", "matplotlib", "pandas", "transformers", "networkx", "huggingface_hub", "datasets", "pydantic",
+    "IPython", "tornado", "traitlets", "jinja2", "PIL", "fsspec", "tqdm",
+)  # fmt: skip
+DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow"}  # where pip has another name
 # Tests and copies of other packages; "modular_*" in transformers repeats what "modeling_*" says.
 _SKIPPED = {"test", "tests", "testing", "idle_test", "_vendor", "site-packages", "dist-packages", "__pycache__"}
 _SHORTEST = 200  # characters of a document
@@ -72,7 +59,7 @@ def files(*, small: bool = False) -> list[tuple[str, str]]:
 def key(*, small: bool = False) -> str:
     """Names what `documents` would read, without reading it: versions of Python and packages, and the file list."""
     versions = [sys.version]
-    for name in () if small else PACKAGES.values():
+    for name in () if small else (DISTRIBUTIONS.get(package, package) for package in PACKAGES):
         try:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

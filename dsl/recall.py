@@ -10,6 +10,7 @@ T time, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -68,10 +69,10 @@ def break_point(rows: list[dict], memory: str) -> int | None:
     return min(failed, default=None)
 
 
-def distances(rows: list[dict], published: list[dict], up_to: int = 140) -> dict[tuple, float]:
-    """|mean loss over seeds - the authors'| where both have a point of at most `up_to` keys."""
+def distances(rows: list[dict], published: list[dict]) -> dict[tuple, float]:
+    """|mean loss over seeds - the authors'| where both have a point of at most 140 keys."""
     ours, theirs = means(rows), means(published)
-    return {point: abs(ours[point] - loss) for point, loss in theirs.items() if point in ours and point[3] <= up_to}
+    return {point: abs(ours[point] - loss) for point, loss in theirs.items() if point in ours and point[3] <= 140}
 
 
 def capacity(memory: str, width: int = WIDTH) -> float:
@@ -83,10 +84,9 @@ def feature_map(memory: str):
     """The feature map of a memory: "elu", "dpfp1", "dpfp2", ..."""
     if memory == "elu":
         return ops.elu_feature_map
-    name, nu = memory[:4], memory[4:]
-    if name != "dpfp" or not nu.isdecimal() or int(nu) < 1:
+    if not (dpfp := re.fullmatch(r"dpfp([1-9]\d*)", memory)):
         raise ValueError(f"memory must be softmax, elu, dpfp1, dpfp2, ..., got {memory!r}")
-    return lambda x: ops.dpfp_feature_map(x, int(nu))
+    return lambda x: ops.dpfp_feature_map(x, int(dpfp[1]))
 
 
 def sweep(path: Path, runs: list[dict], measure) -> list[dict]:
@@ -108,9 +108,6 @@ def table(path: Path) -> list[dict]:
     return pd.read_csv(path).to_dict("records")
 
 
-# ---------------------------------------------------------------- associative retrieval
-
-
 def read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None = None) -> Tensor:
     """What queries q [B, Q, K] read after all pairs k [B, P, K], v [B, P, N] were written -> [B, Q, N].
 
@@ -129,19 +126,19 @@ def read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None = None) -> Tensor:
 class Memory(nn.Module):
     """One attention layer between learned keys and one-hot values, initialised as the authors do."""
 
-    def __init__(self, keys: int, memory: str, rule: str, width: int = WIDTH):
+    def __init__(self, keys: int, memory: str, rule: str):
         super().__init__()
         self.keys, self.softmax, self.rule = keys, memory == "softmax", rule
         self.feature_map = None if self.softmax else feature_map(memory)
         self.embed = nn.Embedding(keys, int(2 * keys * 1.1))
-        self.key = nn.Linear(keys + self.embed.embedding_dim, width)
-        self.query = nn.Linear(self.embed.embedding_dim, width)
+        self.key = nn.Linear(keys + self.embed.embedding_dim, WIDTH)
+        self.query = nn.Linear(self.embed.embedding_dim, WIDTH)
         self.beta = nn.Linear(keys + self.embed.embedding_dim, 1)
         for layer in (self.key, self.query):
             if self.softmax:
                 nn.init.xavier_uniform_(layer.weight)
             else:
-                nn.init.uniform_(layer.weight, -(width**-0.5), width**-0.5)
+                nn.init.uniform_(layer.weight, -(WIDTH**-0.5), WIDTH**-0.5)
 
     def _of_pair(self, layer: nn.Linear, k: Tensor, v: Tensor) -> Tensor:
         """layer([one-hot of v; embedding of k]) by two look-ups: the same numbers, a hundred times cheaper."""
@@ -177,11 +174,11 @@ def retrieval(keys: int, memory: str, rule: str = "sum", *, setting: int = 1, se
         torch.manual_seed(seed)
         model = Memory(keys, memory, rule)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    best, best_step, strikes, rows = float("inf"), 0, 0, torch.arange(32)
+    best, best_step = float("inf"), 0
     everything = torch.arange(keys).expand(20, -1)
     for step in range(1, max_steps + 1):
         k, v, answers = associative_recall(32, keys, generator, replacement=again)
-        query = k[rows, torch.randint(k.shape[1], (32,), generator=generator)][:, None]
+        query = k.gather(1, torch.randint(k.shape[1], (32, 1), generator=generator))
         optimizer.zero_grad()
         _loss(model(k, v, query), answers.gather(1, query)).backward()
         optimizer.step()
@@ -189,10 +186,9 @@ def retrieval(keys: int, memory: str, rule: str = "sum", *, setting: int = 1, se
             k, v, answers = associative_recall(20, keys, generator, replacement=again, pairs=keys)
             with torch.no_grad():
                 loss = _loss(model(k, v, everything), answers).item()
-            strikes = 0 if loss < best else strikes + 1
             if loss < best:
                 best, best_step = loss, step
-            if loss <= 1e-3 or strikes > 10:
+            if loss <= 1e-3 or step - best_step > 1000:
                 break
     return {"loss": best, "step": best_step, "steps": step}
 
@@ -209,8 +205,6 @@ def interference(keys: int, width: int, *, phi=None, rule: str = "sum", draws: i
         scores = torch.linalg.solve_triangular(scores.tril(-1).mT, scores, upper=True, unitriangular=True).mT
     return float((scores - torch.eye(keys)).square().sum(-1).mean())
 
-
-# ---------------------------------------------------------------- MQAR
 
 LINEAR, FULL = ("linear_attention",), ("full_attention",)
 MQAR = {  # the state of a layer at width 64: softmax grows with time, delta 64 x 64, elu 64 x 65, taylor 273 x 17
@@ -232,15 +226,14 @@ class RecallModel(nn.Module):
         self.embed, self.head = nn.Embedding(config.vocab_size, D), nn.Linear(D, config.vocab_size, bias=False)
         self.norms = nn.ModuleList(RMSNorm(D) for _ in range(len(layers) + 1))
         self.mixers = nn.ModuleList(MIXERS.resolve(config.kind(i))(config) for i in layers)
-        bare = [config.layer_types[i] == "full_attention" for i in layers]
-        self.convs = nn.ModuleList(ShortConvolution(D, 4) if is_bare else nn.Identity() for is_bare in bare)
+        bare = (kind == "full_attention" for kind in config.layer_types)
+        self.convs = nn.ModuleList(ShortConvolution(D, 4) if is_bare else None for is_bare in bare)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] -> the normalised stream [B, T, D]; `head` turns a row into logits."""
         x, positions = self.embed(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
         for norm, conv, mixer in zip(self.norms, self.convs, self.mixers, strict=False):
-            y = norm(x)
-            y = conv(y, None)[0] if isinstance(conv, ShortConvolution) else y
+            y = conv(norm(x), None)[0] if conv else norm(x)
             x = x + mixer(y, None, positions, None)[0]
         return self.norms[-1](x)
 
@@ -263,7 +256,7 @@ def mqar_curve(kind: str, pairs: int, *, lr: float, seed: int = 0, steps: int = 
     """
     config = mqar_config(kind, length, **sizes)
     generator, curve = torch.Generator().manual_seed(seed), {}
-    test = mqar(512, length, pairs, config.vocab_size, torch.Generator().manual_seed(10**6 + seed))
+    questions, answers = mqar(512, length, pairs, config.vocab_size, torch.Generator().manual_seed(10**6 + seed))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RecallModel(config)
@@ -275,11 +268,10 @@ def mqar_curve(kind: str, pairs: int, *, lr: float, seed: int = 0, steps: int = 
         F.cross_entropy(model.head(model(tokens)[asked]), labels[asked]).backward()
         optimizer.step()
         if step % (steps // 8) == 0:
-            tokens, labels = test
-            asked = labels != IGNORE
+            asked = answers != IGNORE
             with torch.no_grad():
-                guess = model.head(model(tokens)[asked]).argmax(-1)
-            accuracy = float((guess == labels[asked]).double().mean())
+                guess = model.head(model(questions)[asked]).argmax(-1)
+            accuracy = float((guess == answers[asked]).double().mean())
             curve[f"step {step}"] = accuracy
             if accuracy >= 0.995:
                 break

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LENGTHS = (1, 63, 64, 65, 200)
@@ -34,9 +35,6 @@ def relative_error(got: Tensor, want: Tensor, floor: float = 1e-2) -> float:
         return 0.0
     error = float((got - want).abs().max() / want.abs().max().clamp(min=floor))
     return error if error == error else float("inf")
-
-
-# ---------------------------------------------------------------- oracles
 
 
 def elu_feature_map(x: Tensor) -> Tensor:
@@ -121,9 +119,6 @@ def latent_decode(q_nope, q_rope, latent, rope_key, w_uk, w_uv) -> Tensor:
     return torch.einsum("bhs,bshv->bhv", (scores / math.sqrt(w_uk.shape[1] + q_rope.shape[-1])).softmax(-1), values)
 
 
-# ---------------------------------------------------------------- exercises
-
-
 def _linear_inputs(T: int) -> dict[str, Tensor]:
     q, k, v = torch.randn(2, T, 4, 6), torch.randn(2, T, 2, 6), torch.randn(2, T, 2, 5)
     return {"q": elu_feature_map(q), "k": elu_feature_map(k), "v": v}
@@ -154,9 +149,7 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numel = max(
-            [self.numel, *(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(x))]
-        )
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if torch.is_tensor(x))])
         return out
 
 
@@ -170,40 +163,32 @@ def judge(exercise: str, mine: Callable[..., Tensor]) -> None:
     if exercise not in EXERCISES:
         raise ValueError(f"exercise must be one of {', '.join(EXERCISES)}, got {exercise!r}")
     make, oracle, room, causal = EXERCISES[exercise]
-    bound = 1e-9
+
+    def check(what: str, got: Tensor, want: Tensor) -> None:
+        error = relative_error(got, want)
+        assert error <= 1e-9, f"{what}: relative error {error:.1e}, shape {tuple(getattr(got, 'shape', ()))}"
+
     for n in LENGTHS[:4]:
         inputs = {name: x.double().requires_grad_() for name, x in make(n).items()}
-        want, got = oracle(**inputs), mine(**inputs)
-        error = relative_error(got, want)
-        assert error <= bound, (
-            f"forward at length {n}: relative error {error:.1e}, shape {tuple(getattr(got, 'shape', ()))}"
-        )
-        weight = torch.randn_like(want)
-        wants, gots = (
-            torch.autograd.grad((y * weight).sum(), list(inputs.values()), allow_unused=True) for y in (want, got)
-        )
-        for name, g, w in zip(inputs, gots, wants, strict=True):
-            error = relative_error(g, w)
-            assert error <= bound, f"gradient of {name} at length {n}: relative error {error:.1e}"
-        print(f"length {n:>3}: forward and every gradient within {bound:.0e}")
+        got, want = mine(**inputs), oracle(**inputs)
+        check(f"forward at length {n}", got, want)
+        weight, given = torch.randn_like(want), list(inputs.values())
+        gradients = (torch.autograd.grad((y * weight).sum(), given, allow_unused=True) for y in (got, want))
+        for name, g, w in zip(inputs, *gradients, strict=True):
+            check(f"gradient of {name} at length {n}", g, w)
+        print(f"length {n:>3}: forward and every gradient within 1e-09")
     inputs = {name: x.double() for name, x in make(256).items()}
     with _Largest() as largest:
         before = mine(**inputs)
     if causal:
         after = mine(**{name: torch.cat([x[:, :-1], x[:, -1:] + 1], 1) for name, x in inputs.items()})
-        assert relative_error(after[:, :-1], before[:, :-1]) == 0, (
-            "causality: a change of the last step moved an earlier one"
-        )
+        moved = relative_error(after[:, :-1], before[:, :-1])
+        assert moved == 0, "causality: a change of the last step moved an earlier one"
         print("causality: the last step moves no earlier one")
     if room:
-        limit = room(256)
-        assert largest.numel < limit, (
-            f"memory at length 256: a tensor of {largest.numel} numbers, must stay below {limit}"
-        )
+        size, limit = largest.numel, room(256)
+        assert size < limit, f"memory at length 256: a tensor of {size} numbers, must stay below {limit}"
         print("memory: no tensor as large as the one to be avoided")
-
-
-# ---------------------------------------------------------------- somebody else's mixer
 
 
 def check_mixer(cls: type, oracle: Callable | None = None, **sizes) -> dict[str, float]:
@@ -222,14 +207,12 @@ def check_mixer(cls: type, oracle: Callable | None = None, **sizes) -> dict[str,
         parameter.data += 0.02 * torch.randn_like(parameter)
     x, steps = torch.randn(3, T, D, dtype=torch.float64), torch.arange(T).expand(3, -1)
 
-    def check(name: str, got: Tensor, want: Tensor, bound: float = 1e-9):
+    def check(name: str, got: Tensor, want: Tensor):
         errors[name] = relative_error(got, want)
-        assert errors[name] <= bound, f"{cls.__name__}, {name}: relative error {errors[name]:.1e} over {bound:.0e}"
+        assert errors[name] <= 1e-9, f"{cls.__name__}, {name}: relative error {errors[name]:.1e} over 1e-09"
 
     y, state = mixer(x, None, steps, None)
-    assert tuple(y.shape) == tuple(x.shape), (
-        f"{cls.__name__}: y must have the shape of x {tuple(x.shape)}, got {tuple(y.shape)}"
-    )
+    assert y.shape == x.shape, f"{cls.__name__}: y must have the shape of x {tuple(x.shape)}, got {tuple(y.shape)}"
     assert state.length == T, f"{cls.__name__}: state.length must be {T}, got {state.length}"
     weight = torch.randn_like(y)
     gradients = torch.autograd.grad((y * weight).sum(), list(mixer.parameters()), allow_unused=True)

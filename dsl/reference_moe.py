@@ -20,8 +20,6 @@ from dsl.model import LanguageModel
 from dsl.moe import MoE
 from dsl.reference import relative_error
 
-# ---------------------------------------------------------------- oracles
-
 
 def choose_by_token(scores: Tensor, k: int, bias=None, n_group=1, topk_group=1) -> list[int]:
     """The experts of one token, best first, from its scores [E]: groups, then bias, then the k best."""
@@ -65,9 +63,6 @@ def moe_by_token(block: MoE, x: Tensor, capacity: int | None = None, keep: Tenso
     return torch.stack(rows).view_as(x)
 
 
-# ---------------------------------------------------------------- checks
-
-
 def layer(std: float = 0.5, **changes) -> MoE:
     """A small fresh MoE layer with matrices wide enough that every part matters, and a bias if it has one."""
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
@@ -88,15 +83,9 @@ def weighted_sum(router: str = "top_k") -> str | None:
     if (k := stats.experts.shape[-1]) != block.config.num_experts_per_tok:
         return f"a token visits {k} experts, not k = {block.config.num_experts_per_tok}"
     matrices = list(zip(block.experts.gate_up_proj, block.experts.down_proj, strict=True))
-    want = torch.stack(
-        [
-            sum(w * swiglu_by_token(row, *matrices[e]) for w, e in zip(weights, experts, strict=True))
-            for row, weights, experts in zip(
-                x.flatten(0, 1), stats.weights.flatten(0, 1), stats.experts.flatten(0, 1), strict=True
-            )
-        ]
-    )
-    error = relative_error(y.flatten(0, 1), want)
+    rows = zip(*(each.flatten(0, 1) for each in (x, stats.weights, stats.experts)), strict=True)
+    want = [sum(w * swiglu_by_token(row, *matrices[e]) for w, e in zip(*chosen, strict=True)) for row, *chosen in rows]
+    error = relative_error(y.flatten(0, 1), torch.stack(want))
     return None if error < 1e-5 else f"the output is not the weighted sum over the k experts (error {error:.1e})"
 
 
@@ -207,9 +196,6 @@ def router_problems(router: str) -> list[str]:
         problems.append("the k experts of a token must be distinct")
     found = [check(router) for check in (weighted_sum, router_learns, no_look_ahead, prefix)]
     return problems + [problem for problem in found if problem]
-
-
-# ---------------------------------------------------------------- judges of the exercises
 
 
 def judge_gate(answer: Callable | None) -> str:

@@ -46,7 +46,8 @@ def forecast(run: Run) -> dict[str, str]:
         "model": f"{cost.parameters / 1e6:.1f} M parameters, {cost.active_parameters / 1e6:.1f} M active for a token",
         "work": f"{cost.training_flops / 1e6:,.0f} MFLOPs a token, {tokens:,} tokens a step, "
         f"{cost.training_flops * tokens * left:.1e} FLOPs in {left:,} steps",
-        "memory": f"about {cost.training_bytes / 1e9:.2f} GB with {rows} rows at a time; {free / 1e9:.1f} GB are free",
+        "memory of the tensors": f"about {cost.training_bytes / 1e9:.2f} GB with {rows} rows at a time, beside the "
+        f"libraries'; {free / 1e9:.1f} GB are free",
         "a GPU of 12 GB": fits,
         "time": f"{runlog.duration(seconds * left)} at {seconds:.2f} s a step, {source}",
     }
@@ -67,15 +68,19 @@ def _step_seconds(run: Run) -> tuple[float, str]:
         tokens = torch.randint(run.model.vocab_size, (rows, length + 1))
         optimizer, objective = optim.Optimizer(model, train), Objective(model)
         work = (objective, tokens[:, :-1], tokens[:, 1:], rows, precision, Processes())
-        _, part = (_timed(lambda: accumulate(*work)[0].item()) for _ in range(2))  # the first is slower
-        _, rest = (_timed(optimizer.step) for _ in range(2))
+        _, part = (_timed(precision.device, accumulate, *work) for _ in range(2))  # the first is slower
+        _, rest = (_timed(precision.device, optimizer.step) for _ in range(2))
     whole = part * train.per_device_train_batch_size / rows * train.gradient_accumulation_steps + rest
     return whole, f"measured on {rows} rows"
 
 
-def _timed(work: Callable[[], Any]) -> float:
+def _timed(device: torch.device, work: Callable[..., Any], *given: Any) -> float:
+    """Seconds until the work is done: a GPU still works when its caller goes on."""
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait()
     start = time.perf_counter()
-    work()
+    work(*given)
+    wait()
     return time.perf_counter() - start
 
 
@@ -92,7 +97,7 @@ def _row(folder: Path) -> dict[str, Any]:
         trainer = checkpoint.read_trainer(newest)
         row |= {name: trainer[name] for name in ("step", "loss", "bits_per_byte")}
         row["max_steps"] = trainer["settings"]["train"]["max_steps"]
-        status = "complete" if row["step"] >= row["max_steps"] else "can go on"
+        status = "complete" if row["step"] >= row["max_steps"] and not trainer.get("due") else "can go on"
     return row | {"status": status + (f", {len(skipped)} damaged" if skipped else "")}
 
 

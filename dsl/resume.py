@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint to start from, what may have changed since, and the random numbers.
+"""Where a run goes on and ends: the checkpoint to start from, what may have changed since, and the random numbers.
 
 Knows folders and settings; nothing of the loop.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsl import checkpoint, optim
 from dsl.checkpoint import CheckpointError
-from dsl.settings import Run
+from dsl.settings import Run, TrainConfig
 
 logger = logging.getLogger(__name__)
 # Settings of a model that may change on the way: they are of its training, not of its function.
@@ -40,6 +40,11 @@ class Start:
     @property
     def step(self) -> int:
         return self.state.get("step", 0)
+
+    @property
+    def due(self) -> list[float] | None:
+        """What its row needs, where an interrupt put off all that is due after the step."""
+        return self.state.get("due")
 
 
 def find_start(run: Run) -> Start:
@@ -87,6 +92,23 @@ def _lengthened(run: Run, before: Run, start: Start) -> Start:
     path = checkpoint.step_dir(run.run_dir, good[-1])
     logger.info("max_steps is longer: back to step %d, the last before the learning rate fell", good[-1])
     return Start(path, checkpoint.read_trainer(path), back=True)
+
+
+def end(train: TrainConfig) -> int:
+    """The step at which a call of `train` ends."""
+    return min(train.max_steps, train.stop_at_step or train.max_steps)
+
+
+def ended(run: Run, start: Start) -> str | None:
+    """The status of a run that has nothing to do, of which the log says how it would go on; else None."""
+    if start.step < end(run.train) or start.due:
+        return None
+    last, stop = run.train.max_steps, run.train.stop_at_step
+    done = start.step >= last
+    what = f"is complete: step {start.step} of {last}" if done else f"stands at step {start.step} of {last}"
+    how = f"max_steps={2 * start.step}" if done else f"a later stop_at_step than {stop}, or none"
+    logger.info("%s %s. Nothing to train; to go on, set %s; to begin anew, another run_name.", run.name, what, how)
+    return "complete" if done else "stopped"
 
 
 @contextmanager

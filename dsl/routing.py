@@ -20,17 +20,15 @@ from dsl.evaluation import bits_per_byte
 from dsl.model import LanguageModel
 from dsl.moe import MoE, choose_experts, expert_capacity, expert_choice, loss_free_update
 
-# ---------------------------------------------------------------- balance
 
-
-def skewed_scores(n: int, num_experts: int, skew: float, generator: torch.Generator, score: str = "sigmoid") -> Tensor:
-    """[N, E] scores of a router with favourites: noise of size one plus an offset per expert of size `skew`.
+def skewed_scores(n: int, num_experts: int, skew: float, generator: torch.Generator) -> Tensor:
+    """[N, E] sigmoid scores of a router with favourites: noise of size one plus an offset per expert of size `skew`.
 
     The offsets are fixed for a number of experts, so that every call has the same favourites.
     """
     favourites = torch.randn(num_experts, generator=torch.Generator().manual_seed(0))
     logits = torch.randn(n, num_experts, generator=generator) + skew * (favourites - favourites.mean())
-    return logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    return logits.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ def balance_dynamics(
     k: int = 2,
     tokens: int = 2048,
     skew: float = 1.5,
-    score: str = "sigmoid",
     seed: int = 0,
     update: Callable[[Tensor, Tensor, float], Tensor] = loss_free_update,
 ) -> Dynamics:
@@ -68,7 +65,7 @@ def balance_dynamics(
     generator, bias = torch.Generator().manual_seed(seed), torch.zeros(num_experts)
     biases, counts = [], []
     for _ in range(steps):
-        scores = skewed_scores(tokens, num_experts, skew, generator, score)
+        scores = skewed_scores(tokens, num_experts, skew, generator)
         experts, _ = choose_experts(scores, k, bias=bias)
         counts.append(torch.bincount(experts.flatten(), minlength=num_experts).float())
         bias = update(bias, counts[-1], speed)
@@ -87,9 +84,6 @@ def sampling_floor(tokens: int, num_experts: int, k: int) -> float:
     x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
     largest = (x[1:] * torch.special.ndtr(x).pow(num_experts).diff()).sum()
     return spread * float(largest)
-
-
-# ---------------------------------------------------------------- drops
 
 
 def drop_law(tokens: int, num_experts: int, k: int, factor: float) -> tuple[float, float]:
@@ -130,11 +124,11 @@ def priority(order: str, weights: Tensor) -> Tensor:
     return dict(zip(ORDERS, orders, strict=True))[order]
 
 
-def token_choice(scores: Tensor, k: int, order: str | None, factor: float = 1.0) -> Tensor:
-    """Gate weight of every token and expert after drops in an order (None: dropless), [T, E] -> [T, E]."""
+def token_choice(scores: Tensor, k: int, order: str | None) -> Tensor:
+    """Gate weights [T, E] from scores [T, E] after drops in an order at capacity factor 1 (None: dropless)."""
     experts, weights = choose_experts(scores[None], k)
     if order is not None:
-        room = expert_capacity(len(scores), scores.shape[-1], k, factor)
+        room = expert_capacity(len(scores), scores.shape[-1], k, 1.0)
         weights = weights * served(experts, scores.shape[-1], room, priority(order, weights))
     return torch.zeros_like(scores).scatter(-1, experts[0], weights[0])
 
@@ -154,9 +148,6 @@ def look_ahead(route: Callable[[Tensor], Tensor], trials: int, generator, *, tok
         logits[-1] = torch.randn(num_experts, generator=generator)
         changed += not torch.equal(before, route(logits.softmax(-1))[:-1])
     return changed / trials
-
-
-# ---------------------------------------------------------------- what experts do
 
 
 @torch.no_grad()

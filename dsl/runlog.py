@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 # The only columns that may differ between two runs of the same seed, machine, versions and threads.
-TIME_COLUMNS = ("step_seconds", "tokens_per_second", "memory_mb", "cpu_percent", "gpu_memory_mb")
+TIME_COLUMNS = ("step_seconds", "tokens_per_second", "memory_mb", "cpu_percent", "gpu_memory_mb", "gpu_percent")
 RUN_COLUMNS = (
     *("step", "tokens", "epoch", "loss", "held_out_bits_per_byte"),
     *("lr", "grad_norm", "scale", "skipped_steps"),

@@ -13,22 +13,14 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
-from dsl.config import ModelConfig
+from dsl.config import HINTS, ModelConfig
 
 CORPORA = ("pydocs", "cosmopedia", "wikitext")
 MIXERS = {"linear_attention": ("elu", "delta"), "full_attention": ("softmax", "latent")}
@@ -203,18 +195,25 @@ class TrainConfig(Section):
         raise ValueError(f"warmup_steps must {rule}, got {self.warmup_steps}")
 
 
-_hints = get_type_hints(ModelConfig)
-ModelFields = create_model(
-    "ModelFields",
-    __base__=Section,
-    **{f.name: (_hints[f.name], _of(f.default, f.metadata["help"])) for f in dataclasses.fields(ModelConfig)},
-)
+class Sampling(Section):
+    """How tokens are chosen."""
+
+    max_new_tokens: int = _of(100, "most tokens to add", ge=1)
+    temperature: float = _of(1.0, "0 takes the likeliest", ge=0)
+    top_k: int | None = _of(None, "sample from so many of the likeliest tokens", ge=1)
+    top_p: float | None = _of(None, "sample from the likeliest that sum to this", gt=0, le=1)
+    repetition_penalty: float = _of(1.0, "above 1: repeat less", gt=0)
+    seed: int | None = _of(None, "makes sampling repeatable; further samples count on", ge=0, lt=2**63)
+
+
+_fields = {f.name: (HINTS[f.name], _of(f.default, f.metadata["help"])) for f in dataclasses.fields(ModelConfig)}
+ModelFields = create_model("ModelFields", __base__=Section, **_fields)
 SECTIONS = {"model": ModelFields, "data": DataConfig, "train": TrainConfig}
 # setting -> section: names are unique over the sections, so that a flat keyword says where it goes
 FIELDS = {field: name for name, section in SECTIONS.items() for field in section.model_fields}
 
 
-def model_config(values: Mapping[str, Any]) -> ModelConfig:
+def model_config(**values: Any) -> ModelConfig:
     """A ModelConfig from plain values: types checked here, rules by itself, names looked up; SettingsError."""
     checked = ModelFields(**values)
     try:

@@ -155,7 +155,7 @@ def name_of(source: str) -> str:
     return f"{place.parent.name}/{place.name}" if place.name.startswith("step-") else place.name
 
 
-def serve(source: str, host: str, port: int, published: str | None = None, limits: Limits = LIMITS) -> None:
+def serve(source: str, host: str, port: int, published: str | None = None) -> None:
     """Load a checkpoint and answer until a signal. Raises SettingsError, OSError, CheckpointError."""
     key = key_for(host, published)
     with listen(host, port) as door:
@@ -163,7 +163,7 @@ def serve(source: str, host: str, port: int, published: str | None = None, limit
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # a core for HTTP: when all compute, each waits for the one held up
             torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-        app = create_app(model, tokenizer, name_of(source), key=key, limits=limits)
+        app = create_app(model, tokenizer, name_of(source), key=key)
         quiet = {"log_level": "warning", "server_header": False, "access_log": False}
         config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=5, **quiet)
         print(f"dsl: {name_of(source)} answers on http://{host}:{door.getsockname()[1]}", file=sys.stderr, flush=True)

@@ -96,7 +96,7 @@ class Run:
         start = values.get("preset")
         merged = _merge(_preset(start) if start is not None else {}, values)
         parts: dict[str, Any] = {}
-        for name, make in {**SECTIONS, "model": lambda **given: model_config(given)}.items():
+        for name, make in {**SECTIONS, "model": model_config}.items():
             try:
                 parts[name] = make(**merged[name])
             except SettingsError as error:
@@ -200,19 +200,19 @@ def _repository() -> Path | None:
     return above if (above / "pyproject.toml").exists() or (above / "notebooks").is_dir() else None
 
 
-def _folder(variable: str, default: Path) -> Path:
+def _from_environment(variable: str, default: Path) -> Path:
     chosen = os.environ.get(variable)
     return Path(chosen).expanduser().resolve() if chosen else default
 
 
 def home() -> Path:
     """Folder of checkpoints/, logs/ and figures/runs/: DSL_HOME, else the repository, else where one stands."""
-    return _folder("DSL_HOME", _repository() or Path.cwd())
+    return _from_environment("DSL_HOME", _repository() or Path.cwd())
 
 
 def cache_dir() -> Path:
     """Folder of what can be made again: DSL_CACHE, else .cache/dsl at home."""
-    return _folder("DSL_CACHE", home() / ".cache" / "dsl")
+    return _from_environment("DSL_CACHE", home() / ".cache" / "dsl")
 
 
 def smoke() -> bool:
@@ -235,14 +235,13 @@ def find_run(source: str | Path) -> Path | None:
 
 def _assigned(source: str) -> list[str]:
     """Names that a cell assigns, if all it does is to assign literals."""
-    names = []
     try:
-        for node in ast.parse(source).body:
+        nodes = ast.parse(source).body
+        for node in nodes:
             ast.literal_eval(node.value)
-            names += [target.id for target in getattr(node, "targets", None) or [node.target]]
+        return [target.id for node in nodes for target in getattr(node, "targets", None) or [node.target]]
     except (SyntaxError, ValueError, AttributeError, TypeError):
         return []
-    return names
 
 
 def _cells(namespace: Mapping[str, Any], anchor: str) -> tuple[list[str], list[str]]:
@@ -281,7 +280,7 @@ def _given(namespace: Mapping[str, Any]) -> dict[str, Any]:
     return {**flat, "preset": "tiny"} if smoke() and "preset" not in injected else flat
 
 
-def notebook_run(namespace: Mapping[str, Any], default: str = "quickstart", **also: Any) -> Run:
+def notebook_run(namespace: Mapping[str, Any], **also: Any) -> Run:
     """The run that a notebook's parameters describe: preset, run_name, mixer, and any setting by its field name.
 
     Parameters in `also`, with their types, are the notebook's own business.
@@ -292,7 +291,7 @@ def notebook_run(namespace: Mapping[str, Any], default: str = "quickstart", **al
     own = create_model("Parameters", __base__=Section, **{name: (kind, None) for name, kind in also.items()})
     try:
         own(**{name: flat.pop(name) for name in also if name in flat})
-        return preset(flat.pop("preset", default), **flat)
+        return preset(flat.pop("preset", "quickstart"), **flat)
     except SettingsError as error:
         raise ParameterError(error.problems) from None
 

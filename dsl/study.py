@@ -23,9 +23,8 @@ from dsl import checkpoint, compare, hub, lens, plots, settings, training
 from dsl.schema import suggest
 from dsl.settings import Run, SettingsError, preset
 
-THREE_TO_ONE = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 MOE = {"moe_layers": [1, 3]}  # two of four layers, so that layers can be compared
-HYBRID = MOE | {"layer_types": THREE_TO_ONE, "linear_attention_kind": "delta"}
+HYBRID = MOE | {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_attention_kind": "delta"}
 # The rates of `quickstart` when the study was made; it has been tuned further since, the other configurations have not.
 RATES = {"muon_learning_rate": 0.01, "momentum": 0.95, "adam_beta2": 0.95}
 GRID = {  # changes to the preset `quickstart`, which has experts, loss-free balancing and Muon
@@ -42,10 +41,6 @@ GRID = {  # changes to the preset `quickstart`, which has experts, loss-free bal
 SETTINGS = {"quick": (40, 1), "full": (350, 5)}  # steps and seeds of each; 350 steps: three minutes of a core
 
 
-def name_of(config: str, steps: int, seed: int) -> str:
-    return f"study-{steps}-{config}-{seed}"
-
-
 def plan(steps: int | None, seeds: int, only: Sequence[str] = ()) -> list[tuple[str, Run]]:
     """The runs, all configurations of the first seed first; a smoke test takes `tiny` runs. Raises SettingsError."""
     if unknown := [name for name in only if name not in GRID]:
@@ -57,7 +52,7 @@ def plan(steps: int | None, seeds: int, only: Sequence[str] = ()) -> list[tuple[
     train |= {"max_steps": steps, "save_total_limit": 99, "num_hidden_layers": 4}
     train |= {} if settings.smoke() else {"sample_tokens": 60, "held_out_bytes": 100_000, **RATES}
     return [
-        (config, preset(start, run_name=name_of(config, steps, seed), seed=seed, **train, **GRID[config]))
+        (config, preset(start, run_name=f"study-{steps}-{config}-{seed}", seed=seed, **train, **GRID[config]))
         for seed in range(seeds)
         for config in (only or GRID)
     ]
@@ -67,17 +62,16 @@ def run(steps: int | None, seeds: int, only: Sequence[str], folder: Path, jobs: 
     """Train and analyse what is not there yet, some at once; tables into `folder`; the names of runs that failed."""
     grid = plan(steps, seeds, only)
 
-    def finish(item: tuple[str, Run]) -> int:
-        code, environment = "from dsl import study; study.one()", {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [sys.executable, "-c", code], input=item[1].to_json(), text=True, env=environment
-        ).returncode
+    def finish(run: Run) -> int:
+        command = [sys.executable, "-c", "from dsl import study; study.one()"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, input=run.to_json(), text=True, env=environment).returncode
 
-    missing, failed = [item for item in grid if not lens.analysis(item[1].log_dir).exists()], []
+    missing, failed = [run for _, run in grid if not lens.analysis(run.log_dir).exists()], []
     print(f"study: {len(grid) - len(missing)} of {len(grid)} runs are there", file=sys.stderr, flush=True)
     pool = ThreadPoolExecutor(jobs)
     try:
-        for (_, run), problem in zip(missing, pool.map(finish, missing), strict=True):
+        for run, problem in zip(missing, pool.map(finish, missing), strict=True):
             failed += [run.name] if problem else []
             collect(grid, folder)
             print(f"study: {run.name} {'failed' if problem else 'is done'}", file=sys.stderr, flush=True)
@@ -97,9 +91,6 @@ def one() -> None:
     checkpoint.rotate(run.run_dir, 1)
 
 
-# ---------------------------------------------------------------- all of them in small tables
-
-
 def collect(grid: Sequence[tuple[str, Run]], folder: Path) -> None:
     """Tables of the runs that are done, into `folder`: runs, curves, analysis, tokens, texts, settings."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +102,7 @@ def collect(grid: Sequence[tuple[str, Run]], folder: Path) -> None:
         more = pd.read_csv(lens.analysis(run.log_dir))
         final = {"final_bits_per_byte": more.value[more.measure == "final"].item()}
         tables["runs"].append(pd.DataFrame([{**about, **compare.row(run.log_dir), **final}]))
-        curve = compare.curve(run.log_dir)
-        curve = curve.assign(maxvio=curve.filter(like="maxvio_").mean(axis=1)).dropna(subset=["held_out_bits_per_byte"])
+        curve = compare.curve(run.log_dir).dropna(subset=["held_out_bits_per_byte"])
         columns = ["step", "tokens", "seconds", "cpu_seconds", "loss", "held_out_bits_per_byte", "maxvio"]
         tables["curves"].append(curve[columns].assign(**about))
         tables["analysis"].append(more[more.measure != "final"].assign(**about))
@@ -128,7 +118,7 @@ def collect(grid: Sequence[tuple[str, Run]], folder: Path) -> None:
     (folder / "04_settings.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def examples(done: Sequence[tuple[str, Run]], most: int = 40) -> pd.DataFrame:
+def examples(done: Sequence[tuple[str, Run]]) -> pd.DataFrame:
     """Single tokens that the mixers judge most differently: text before, the token, mean loss of each mixer in nats."""
     mixers = ("softmax", "elu", "delta", "hybrid")
     kept = [(config, run, np.load(run.log_dir / "token_losses.npz")) for config, run in done if config in mixers]
@@ -140,7 +130,7 @@ def examples(done: Sequence[tuple[str, Run]], most: int = 40) -> pd.DataFrame:
     seen, gap = lens.seen_before(torch.from_numpy(tokens)), np.nan_to_num(means["elu"] - means["softmax"])
     order = np.argsort(gap, axis=None)
     rows = []
-    for i, t in (divmod(int(place), gap.shape[1]) for place in (*order[-most:][::-1], *order[:most])):
+    for i, t in (divmod(int(place), gap.shape[1]) for place in (*order[-40:][::-1], *order[:40])):
         text = tokenizer.decode(tokens[i, max(0, t - 15) : t + 1]), tokenizer.decode(tokens[i, t + 1 : t + 2])
         rows.append((*text, seen[i, t], *(means[name][i, t] for name in mixers)))
     return pd.DataFrame(rows, columns=["before", "token", "seen", *mixers])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import itertools
 import json
 import logging
 import random
@@ -136,9 +137,6 @@ def retrying(data: DataConfig, what: str, *, opening: bool = False) -> tenacity.
     When a data set is opened and nobody answers at all there is no network, and the second attempt is the last.
     """
 
-    def worth(error: BaseException) -> bool:
-        return isinstance(error, OSError | HTTPError) and not isinstance(error, _FINAL)
-
     def last(state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception()
         silent = isinstance(error, ConnectionError) or type(error).__name__ in ("ConnectError", "ConnectTimeout")
@@ -165,7 +163,7 @@ def retrying(data: DataConfig, what: str, *, opening: bool = False) -> tenacity.
             "tokenizer=gpt2 or bpe:SIZE"
         ) from state.outcome.exception()
 
-    retry = tenacity.retry_if_exception(worth)
+    retry = tenacity.retry_if_exception_type((OSError, HTTPError)) & tenacity.retry_if_not_exception_type(_FINAL)
     return tenacity.Retrying(stop=last, wait=wait, retry=retry, before_sleep=tell, retry_error_callback=give_up)
 
 
@@ -193,10 +191,9 @@ def _rows(file: File, retry: Retry, column: str, row: int, share: float) -> Gene
             return
         lines = io.BufferedReader(gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw, _PART)
         records = json.load(lines) if lines.peek(1)[:1] == b"[" else map(json.loads, lines)
-        for number, record in enumerate(records):
-            if number >= row:
-                _check_column(column, record, file)
-                yield [record[column]]
+        for record in itertools.islice(records, row, None):
+            _check_column(column, record, file)
+            yield [record[column]]
 
 
 def _check_column(column: str, known: Any, file: File) -> None:
@@ -209,6 +206,8 @@ class Tables:
 
     Where that ends inside a shard, its first rows are meant (JSON shards are read whole).
     """
+
+    wait: Callable[[float], Any] = staticmethod(tenacity.nap.sleep)  # between two attempts; may raise to end them
 
     def __init__(self, name: str, files: list[File], column: str, data: DataConfig):
         share = data.fraction * len(files)
@@ -233,7 +232,7 @@ class Tables:
         return rows
 
     def _retry(self, function: Callable[..., Any], *given: Any) -> Any:
-        return retrying(self._data, self._what)(function, *given)
+        return retrying(self._data, self._what).copy(sleep=self.wait)(function, *given)
 
     def close(self) -> None:
         """Leave no file and no connection open; the next block opens them again."""

@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ from dsl import checkpoint, evaluation, optim, resume, runlog
 from dsl.card import model_card
 from dsl.data import StreamError, TokenStream, held_out_rows, open_corpus, open_tokenizer
 from dsl.generation import complete
-from dsl.gradients import Objective, accumulate
+from dsl.gradients import Objective, accumulate, out_of_memory
 from dsl.hub import DslConfig, DslForCausalLM
 from dsl.interval import Interval
-from dsl.processes import Interrupt, Processes
+from dsl.processes import Interrupt, Interrupted, Processes
 from dsl.settings import Run
 
 logger = logging.getLogger(__name__)
+OnLog = Callable[[dict[str, Any]], None]  # is given a row
 LEAST_SCALE = 1.0  # of fp16 gradients: where these still overflow, no scale will help
-CPU_MEMORY = "DefaultCPUAllocator"  # out of memory on a CPU is a RuntimeError like any other, but for its text
 
 
 class TrainingError(RuntimeError):
@@ -81,11 +81,13 @@ class Trainer:
         self.objective = processes.wrap(Objective(self.model))
         self.step = self.tokens = self.skipped = self.bad = 0
         self.loss = self.bits_per_byte = self.measured_at = None
+        self.due = False  # what is due after the step, which an interrupt may put off
         self.interval = Interval(run.model)
         self.prompts = list(enumerate((*run.train.prompts, *self.corpus.prompts), run.train.seed))  # with their seeds
         if not new:
             self._restore(start)
-        self.saved, self.began, self.saving = self.step, (self.step, time.perf_counter()), 0.0
+        self.saved = None if self.due else self.step
+        self.began, self.saving = (self.step, time.perf_counter()), 0.0
 
     def _restore(self, start: resume.Start) -> None:
         state, device = start.state, self.precision.device
@@ -99,6 +101,10 @@ class Trainer:
             logger.warning(problem)
         self.stream.load_state_dict(state["data"])
         resume.set_random_state(state["rng"], device)
+        if start.due:
+            norm, *spent = start.due
+            self.due, self.norm = True, torch.tensor(norm)
+            self.interval.spend(*spent)
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""
@@ -117,6 +123,7 @@ class Trainer:
             "bits_per_byte": self.bits_per_byte if self.measured_at == self.step else None,  # ranks the steps
             "last_bits_per_byte": self.bits_per_byte,
             "interval": self.interval.state_dict(),
+            "due": [self.norm.item(), *self.interval.spent()] if self.due else None,
             "data": self.stream.state_dict(),
             "rng": resume.random_state(self.precision.device),
             "scaler": self.precision.scaler.state_dict(),
@@ -142,19 +149,19 @@ class Trainer:
     def take_step(self) -> bool:
         """One batch; whether it made a step."""
         train, began = self.run.train, time.perf_counter()
-        self.rate = optim.learning_rate(train, self.step)
-        self.optimizer.set_lr(self.rate)
+        rows, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
+        self.optimizer.set_lr(optim.learning_rate(train, self.step))
         try:
-            batch = self.stream.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
+            batch = self.stream.next(rows * turns)
         except StreamError:
             self.save()
             raise
         try:
             total, good = self._learn(batch)
         except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and CPU_MEMORY not in str(error):
-                raise
-            raise TrainingError(self._out_of_memory(error)) from None
+            if problem := out_of_memory(error, self.precision.device, rows, turns):
+                raise TrainingError(problem) from None
+            raise
         self.step, self.bad, self.skipped = self.step + good, 0 if good else self.bad + 1, self.skipped + (not good)
         self.tokens += batch[:, 1:].numel()
         self.interval.spend(time.perf_counter() - began, batch[:, 1:].numel())
@@ -181,8 +188,8 @@ class Trainer:
         return total, good
 
     def _left_behind(self, loss: float) -> None:
-        what = f"loss {loss:.4g}, gradient norm {self.norm.item():.4g}, lr {self.rate:.3g}"
-        what += f", scale {self.precision.scaler.get_scale():g}"
+        rate, scale = optim.learning_rate(self.run.train, self.step), self.precision.scaler.get_scale()
+        what = f"loss {loss:.4g}, gradient norm {self.norm.item():.4g}, lr {rate:.3g}, scale {scale:g}"
         logger.warning("a batch after step %d is left out, not finite: %s", self.step, what)
         if self.bad >= self.run.train.max_bad_steps:
             raise TrainingError(
@@ -194,33 +201,33 @@ class Trainer:
         path = checkpoint.newest(self.run.run_dir)[0]
         return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
 
-    def _out_of_memory(self, error: RuntimeError) -> str:
-        train, device = self.run.train, self.precision.device
-        rows, advice = train.per_device_train_batch_size, "a shorter max_position_embeddings or a smaller model"
-        whole = rows * train.gradient_accumulation_steps
-        for smaller in (n for n in range(1, rows) if whole % n == 0):
-            advice = f"per_device_train_batch_size={smaller} gradient_accumulation_steps={whole // smaller}"
-            advice += f", the same {whole} rows a step"
-        reason = str(error).partition("\n")[0]
-        return f"{device} is out of memory with {rows} rows at a time: try {advice}. {reason}"
+    def events(self, on_log: OnLog) -> None:
+        """What is due after a step: measure, sample, log, save; in this order, so that a checkpoint has its rows.
 
-    def events(self, on_log: Callable[[dict[str, Any]], None] | None) -> None:
-        """What is due after a step: measure, log, sample, save; in this order, so that a checkpoint has its rows."""
-        if not self.processes.first:
+        Raises Interrupted, with nothing recorded: a figure over a part of the text would pass for the whole.
+        """
+        self.due = self.processes.first
+        if not self.due:
             return
         train, step = self.run.train, self.step
-        last, measured = step == train.max_steps, None
-        if last or step % train.eval_steps == 0:
-            # In fp32 whatever trains: comparable, and it cannot overflow.
-            measured = self.bits_per_byte = evaluation.bits_per_byte(self.model, *self.held_out)
-            self.measured_at = step
+        last, measured, texts = step == train.max_steps, None, []
+        with self.model.register_forward_pre_hook(self.interrupt.check):
+            if last or step % train.eval_steps == 0:
+                # In fp32 whatever trains: comparable, and it cannot overflow.
+                measured = evaluation.bits_per_byte(self.model, *self.held_out)
+            if last or step % train.sample_steps == 0:
+                texts = self._sample()
+        self.due = False
+        if measured is not None:
+            self.bits_per_byte, self.measured_at = measured, step
         if measured is not None or step % train.logging_steps == 0:
             row = self._row(measured)
             self.log.row(row)
-            if on_log is not None:
-                on_log(row)
-        if last or step % train.sample_steps == 0:
-            self._sample()
+            on_log(row)
+        for prompt, text in texts:
+            self.log.generation(step, prompt, text)
+        if texts:
+            logger.info("step %d writes: %s", step, " ".join("".join(texts[-1]).split())[:160])
         if last or step % train.save_steps == 0 or step == optim.decay_start(train):
             self.save()
 
@@ -230,51 +237,52 @@ class Trainer:
             "tokens": self.tokens,
             "epoch": self.stream.epoch,
             "held_out_bits_per_byte": measured,
-            "lr": self.rate,
+            "lr": optim.learning_rate(self.run.train, self.step - 1),
             "grad_norm": self.norm.item(),
             "scale": self.precision.scaler.get_scale(),
             "skipped_steps": self.skipped,
             **self.interval.close(),
         }
         self.loss, (first, then) = row["loss"], self.began
-        row["seconds_left"] = (self._end() - self.step) * (time.perf_counter() - then) / (self.step - first)
+        pace = (time.perf_counter() - then) / max(1, self.step - first)
+        row["seconds_left"] = (resume.end(self.run.train) - self.step) * pace
         logger.info(runlog.progress(row, self.run.train.max_steps))
         return row
 
-    def _end(self) -> int:
-        return min(self.run.train.max_steps, self.run.train.stop_at_step or self.run.train.max_steps)
-
-    def _sample(self) -> None:
-        """Continue the prompts; seeded on its own, so that training does not notice."""
-        train, shown = self.run.train, ""
+    def _sample(self) -> list[tuple[str, str]]:
+        """The prompts, each with its continuation; seeded on its own, so that training does not notice."""
+        texts, sampling = [], {"max_new_tokens": self.run.train.sample_tokens, "temperature": 0.8, "top_p": 0.9}
         self.shell.eval()
         for seed, prompt in [*self.prompts]:
             try:
-                sampling = {"max_new_tokens": train.sample_tokens, "temperature": 0.8, "top_p": 0.9}
-                text = complete(self.shell, self.tokenizer, prompt, seed=seed, **sampling)
+                texts.append((prompt, complete(self.shell, self.tokenizer, prompt, seed=seed, **sampling)))
             except ValueError as problem:  # a prompt that is longer than the window
                 logger.warning("no text for %r: %s", prompt, problem)
                 self.prompts.remove((seed, prompt))
-                continue
-            self.log.generation(self.step, prompt, text)
-            shown = prompt + text
         self.shell.train()
-        logger.info("step %d writes: %s", self.step, " ".join(shown.split())[:160])
+        return texts
 
-    def loop(self, on_log: Callable[[dict[str, Any]], None] | None) -> str:
+    def loop(self, on_log: OnLog) -> str:
         """Steps until the end, stop_at_step or a signal; saves; the status for the summary."""
-        end = self._end()
-        with Interrupt() as interrupt:
-            while self.step < end and not self.processes.any(interrupt.asked):
-                if self.take_step():
-                    self.events(on_log)
+        end = resume.end(self.run.train)
+        with Interrupt() as self.interrupt:
+            if self.processes.world == 1:  # one that left a step alone would keep the others waiting in it
+                self.corpus.wait_by(self.interrupt.wait)
+            while not self.processes.any(self.interrupt.asked) and (self.due or self.step < end):
+                with suppress(Interrupted):  # the model may be left in eval mode: no step follows
+                    if self.due or self.take_step():
+                        self.events(on_log)
             self.save()
+        if self.due:
+            logger.info("interrupted: what is due after step %d comes first when the run goes on", self.step)
         share = self.saving / (time.perf_counter() - self.began[1])
         logger.info("checkpoints took %.1f s, %.1f%% of the time", self.saving, 100 * share)
-        return "finished" if self.step == self.run.train.max_steps else "stopped" if self.step >= end else "interrupted"
+        if self.due or self.step < end:
+            return "interrupted"
+        return "finished" if self.step == self.run.train.max_steps else "stopped"
 
 
-def train(run: Run, *, on_log: Callable[[dict[str, Any]], None] | None = None, progress: bool = True) -> Summary:
+def train(run: Run, *, on_log: OnLog | None = None, progress: bool = True) -> Summary:
     """Train a run from its newest good checkpoint, or from the beginning, to max_steps or stop_at_step.
 
     `on_log` is given each row of metrics.csv, with seconds_left; without it, a notebook shows the progress lines that
@@ -293,16 +301,17 @@ def train(run: Run, *, on_log: Callable[[dict[str, Any]], None] | None = None, p
             precision = optim.precision(run.train.precision, processes.device, run.train.init_scale)
             logger.info("precision: %s", precision.reason)
             start = processes.agree(resume.find_start(run) if processes.first else None)
-            if start.step >= min(run.train.max_steps, run.train.stop_at_step or run.train.max_steps):
-                return _nothing_to_do(run, start)
+            if status := resume.ended(run, start):
+                known = map(start.state.get, ("step", "loss", "last_bits_per_byte", "tokens", "skipped_steps"))
+                return Summary(status, *known, run.run_dir, run.log_dir)
             with resume.threads(start, precision.device):
                 trainer = Trainer(run, log, precision, processes, start)
-                log.open_tables(sorted(run.model.moe_layers), start.step, archive=start.back)
+                log.open_tables(sorted(run.model.moe_layers), start.step - bool(start.due), archive=start.back)
                 record = {"corpus": trainer.corpus.fingerprint, "precision": precision.reason}
                 log.hparams(run.to_dict(), runlog.environment() | record | {"threads": torch.get_num_threads()})
                 _describe(run)
                 with closing(trainer.stream):
-                    status = trainer.loop(on_log)
+                    status = trainer.loop(on_log or (lambda row: None))
             figures = (trainer.step, trainer.loss, trainer.bits_per_byte, trainer.tokens, trainer.skipped)
             return Summary(status, *figures, run.run_dir, run.log_dir)
 
@@ -312,13 +321,3 @@ def _describe(run: Run) -> None:
     cost = evaluation.cost(run.model, rows=rows, optimizer=run.train.optimizer)
     tokens = rows * turns * run.model.max_position_embeddings
     logger.info("%s: %s; %s tokens a step, %d steps", run.name, cost, f"{tokens:,}", run.train.max_steps)
-
-
-def _nothing_to_do(run: Run, start: resume.Start) -> Summary:
-    state, last, stop = start.state, run.train.max_steps, run.train.stop_at_step
-    done = start.step >= last
-    what = f"is complete: step {start.step} of {last}" if done else f"stands at step {start.step} of {last}"
-    how = f"max_steps={2 * start.step}" if done else f"a later stop_at_step than {stop}, or none"
-    logger.info("%s %s. Nothing to train; to go on, set %s; to begin anew, another run_name.", run.name, what, how)
-    figures = (state[name] for name in ("step", "loss", "last_bits_per_byte", "tokens", "skipped_steps"))
-    return Summary("complete" if done else "stopped", *figures, run.run_dir, run.log_dir)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from dsl import colors, curves, plots, runlog
 from dsl.settings import Run
@@ -38,23 +40,38 @@ def explore(draw: Callable, name: str, **controls):
         return None
     import ipywidgets
 
-    def control(key, spec):
-        if isinstance(spec, list):
-            return ipywidgets.Dropdown(options=spec, value=spec[0], description=key)
-        value, low, high = spec
-        return ipywidgets.IntSlider(value=value, min=low, max=high, description=key)
-
     def redraw(_=None):
         picture.value = plots.png(draw(**{key: box.value for key, box in boxes.items()}))
 
-    boxes = {key: control(key, spec) for key, spec in controls.items()}
-    picture = ipywidgets.Image(format="png")
-    for key, box in boxes.items():
+    boxes, picture = {}, ipywidgets.Image(format="png")
+    for key, spec in controls.items():
+        if isinstance(spec, list):
+            box = ipywidgets.Dropdown(options=spec, value=spec[0], description=key)
+        else:
+            value, low, high = spec
+            box = ipywidgets.IntSlider(value=value, min=low, max=high, description=key)
         box.add_class(f"dsl-{key.replace('_', '-')}")
         box.observe(redraw, "value")
+        boxes[key] = box
     picture.add_class("dsl-picture")
     redraw()
     return ipywidgets.VBox([*boxes.values(), picture])
+
+
+def table_html(table: pd.DataFrame, index: bool = True) -> str:
+    """A table of texts as HTML, at its left, each text with its lines and spaces as they are; escaped.
+
+    pandas' own strips a text, shows its line breaks as two signs, and in JupyterLab stands at the right.
+    """
+    look = "style='text-align:left;vertical-align:top;white-space:pre-wrap'"
+
+    def row(tag: str, values: Iterable[Any]) -> str:
+        texts = (f"{value:.2f}" if isinstance(value, float) else escape(str(value)) for value in values)
+        return f"<tr>{''.join(f'<{tag} {look}>{text}</{tag}>' for text in texts)}</tr>".replace("\n", "<br>")
+
+    of = f"{table.columns.name} " if table.columns.name else ""
+    head = [table.index.name or ""] * index + [f"{of}{column}" for column in table.columns]
+    return f"<table>{row('th', head)}{''.join(row('td', v) for v in table.itertuples(index=index, name=None))}</table>"
 
 
 def dashboard(run: Run) -> Callable[[Mapping[str, Any]], None] | None:

@@ -3,6 +3,7 @@
     python tests/bench.py                    everything; writes figures/bench.json and figures/bench.png
     python tests/bench.py linear-512 ...     some of it; the rest keeps its stored numbers
     python tests/bench.py context            prefill and decoding against the length of the context
+    python tests/bench.py profile            where the time goes, of the pairs that missed a goal
 
 CPU-seconds, so that a busy machine disturbs little; each round runs ours, then the peer, and the ratio is that of the
 least of both. The pairs stand in bench_parts.py and bench_models.py.
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import bench_models
+import bench_profile
 import torch
 import transformers
 from bench_parts import PAIRS
@@ -117,7 +119,7 @@ def draw(results: dict[str, dict], context: dict[str, dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    known = [*PAIRS, "context"]
+    known = [*PAIRS, "context", "profile"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--rounds", type=int, default=11)
@@ -129,19 +131,24 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     path = FIGURES / "bench.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    results, context, ceiling = stored.get("pairs", {}), stored.get("context", {}), gemm_ceiling()
+    results, context, profiles = (stored.get(part, {}) for part in ("pairs", "context", "profile"))
+    ceiling = gemm_ceiling()
     print(f"products of 1,024 x 1,024 matrices: {ceiling / 1e9:.0f} GFLOP/s", flush=True)
     for name in options.names or known:
         torch.manual_seed(0)
         if name == "context":
             context = bench_models.context(once)
             print(table(context), flush=True)
+        elif name == "profile":
+            profiles = {"gemm_flops": round(gemm_ceiling()), **bench_profile.profiles()}
+            print(bench_profile.table(profiles), flush=True)
         else:
             results[name] = measure(name, options.rounds, ceiling)
             print(line(name, results[name]), flush=True)
     results = {name: results[name] for name in PAIRS if name in results}
     facts = {"torch": torch.__version__, "threads": 1, "gemm_flops": round(ceiling)}
-    path.write_text(json.dumps({**facts, "pairs": results, "context": context}, indent=1) + "\n", encoding="utf-8")
+    parts = {"pairs": results, "context": context, "profile": profiles}
+    path.write_text(json.dumps({**facts, **parts}, indent=1) + "\n", encoding="utf-8")
     draw(results, context)
     return 0
 

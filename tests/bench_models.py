@@ -92,9 +92,6 @@ def training_step(beside: str):
     return stepper("ours", 2), stepper(beside, 2), {"tokens": 1024, "flops": flops}
 
 
-# ---------------------------------------------------------------- in processes of their own
-
-
 def _child(*command: str, home: str | None = None) -> str:
     """What it printed, at one thread; with runs under `home`. Raises RuntimeError with what it complained of."""
     from dsl import settings
@@ -158,8 +155,6 @@ def first_step():
     ours()  # the run that stopped
     return ours, lambda: spent("-c", PEER_START, folder.name + "/peer")
 
-
-# ---------------------------------------------------------------- against the length of the context
 
 LENGTHS = [512, 8192, 65536, 131072]
 READ = 512  # tokens read on top of a context, to see what one of them costs there

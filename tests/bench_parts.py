@@ -40,9 +40,6 @@ def pair(name: str, peer: str, goal: float, *, unit: str = "seconds", rounds: in
     return register
 
 
-# ---------------------------------------------------------------- attention
-
-
 def _both_ways(out: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
     gradient = torch.randn_like(out())
     return lambda: torch.autograd.grad(out(), inputs, gradient)
@@ -95,8 +92,6 @@ def delta(length: int):
     return _both_ways(ours, inputs), _both_ways(peer, inputs)
 
 
-# ---------------------------------------------------------------- experts
-
 SIZES = {"hidden_size": 384, "num_experts_per_tok": 2}
 
 
@@ -128,9 +123,6 @@ def experts(beside: str):
         return _both_ways(lambda: first(block(x)), [x, *block.parameters()])
 
     return both_ways(ours), both_ways(other)
-
-
-# ---------------------------------------------------------------- loss head, data, checkpoints
 
 
 @pair("loss-head", "cross_entropy of all logits, 1,024 tokens of 50,257", 1.0)

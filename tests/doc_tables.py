@@ -48,8 +48,6 @@ def presets() -> str:
     return markdown("preset | what it is | parameters (active) | window | corpus", rows)
 
 
-# ---------------------------------------------------------------- scale
-
 SMALL = settings.preset("linear_moe").model
 LARGE = replace(  # 100 times the parameters
     SMALL,
@@ -115,8 +113,6 @@ def scale() -> str:
     return markdown("model | engine | devices | GiB a device | GiB sent a step and device", rows)
 
 
-# ---------------------------------------------------------------- results
-
 # What README says of figures/bench.json and of the study; braces hold the ratio of a pair.
 SPEEDS = {
     "ELU+1 linear attention against fused softmax, forward and backward": (
@@ -133,8 +129,8 @@ SPEEDS = {
 }
 
 
-def _bench() -> dict:
-    return json.loads((ROOT / "figures" / "bench.json").read_text(encoding="utf-8"))["pairs"]
+def _bench(part: str = "pairs") -> dict:
+    return json.loads((ROOT / "figures" / "bench.json").read_text(encoding="utf-8"))[part]
 
 
 def speeds() -> str:
@@ -155,7 +151,28 @@ def bench() -> str:
     return markdown("pair | against | ours | theirs | ratio | goal | | of the GEMM ceiling", rows)
 
 
-TABLES = {"notebooks": notebooks, "presets": presets, "scale": scale, "speeds": speeds, "bench": bench}
+def profile() -> str:
+    """Shares of the time of a call by kind of work, and how fast its matrix products run."""
+    found, rows = _bench("profile"), []
+    ceiling = found.pop("gemm_flops")
+    for name, sides in found.items():
+        for whose, seconds in sides.items():
+            flops = seconds.pop("product_flops")
+            total = sum(seconds.values())
+            shares = [f"{part / total:.0%}" for part in seconds.values()]
+            kinds = list(seconds)
+            rows.append([f"`{name}`, {whose}", f"{total:.3g} s", *shares, f"{flops / ceiling:.0%}" if flops else ""])
+    return markdown(" | ".join(["pair", "time", *kinds, "products, of the GEMM ceiling"]), rows)
+
+
+TABLES = {
+    "notebooks": notebooks,
+    "presets": presets,
+    "scale": scale,
+    "speeds": speeds,
+    "bench": bench,
+    "profile": profile,
+}
 
 
 def renewed(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from helpers import seeded
 
 from dsl.batching import Batch
-from dsl.generation import generate, steps
+from dsl.generation import generate, turns
 
 TOKENIZER = tiny.bytes_tokenizer(ends=False)
 
@@ -19,7 +19,7 @@ TOKENIZER = tiny.bytes_tokenizer(ends=False)
 def together(model, jobs: list[tuple[int, str, dict]]) -> list[list]:
     """Tokens of jobs (turn to join at, prompt, sampling), as the server's engine makes them."""
     batch, rows, made = Batch(model.model), [], [[] for _ in jobs]
-    loops = [steps(model, TOKENIZER, prompt, **sampling) for _, prompt, sampling in jobs]
+    loops = [turns(model, TOKENIZER, prompt, **sampling) for _, prompt, sampling in jobs]
     for turn in range(100):
         for i, (at, *_) in enumerate(jobs):
             if at == turn:

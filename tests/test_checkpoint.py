@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import seeded
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -26,13 +27,6 @@ FILES = {
     "README.md", "config.json", "generation_config.json", "manifest.json", "model.safetensors",
     "optimizer.pt", "tokenizer.json", "tokenizer_config.json", "trainer.json",
 }  # fmt: skip
-
-
-@pytest.fixture
-def rng():
-    seed = random.randrange(2**31)
-    print("seed", seed)
-    return random.Random(seed)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +46,6 @@ def write(run, step, parts, bits=None, **options):
 
 def names(run):
     return sorted(path.name for path in run.iterdir())
-
-
-# ---------------------------------------------------------------- a folder
 
 
 def test_a_step_is_a_model_folder_and_more(tmp_path, parts):
@@ -132,9 +123,9 @@ def reseal(manifest, name):
 
 
 @pytest.mark.soak
-def test_every_file_cut_or_changed_anywhere_is_refused_by_name(tmp_path, parts, rng):
+def test_every_file_cut_or_changed_anywhere_is_refused_by_name(tmp_path, parts):
     """At 20 offsets (of a shorter file all) and 20 bits of each file; the step before it is taken."""
-    good, place = write(tmp_path, 1, parts), write(tmp_path, 2, parts)
+    good, place, rng = write(tmp_path, 1, parts), write(tmp_path, 2, parts), random.Random(seeded().initial_seed())
     files = sorted(place.iterdir())
     for path in files:
         whole = path.read_bytes()
@@ -194,9 +185,6 @@ def test_the_package_never_opens_a_pickle_with_code():
         assert text.count("torch.load(") == text.count("weights_only=True"), path
 
 
-# ---------------------------------------------------------------- something in the way
-
-
 def test_a_bad_folder_in_the_way_is_set_aside(tmp_path, parts):
     for number in (1, 2):
         (write(tmp_path, 7, parts) / "config.json").write_text("damage")
@@ -214,9 +202,6 @@ def test_a_good_folder_in_the_way_is_replaced(tmp_path, parts):
     write(tmp_path, 7, parts, 2.0)
     assert checkpoint.read_trainer(tmp_path / "step-000007")["bits_per_byte"] == 2.0
     assert names(tmp_path) == ["index.json", "step-000007"]
-
-
-# ---------------------------------------------------------------- rotation
 
 
 def test_rotation_keeps_the_newest_the_best_and_the_last_before_a_decay(tmp_path, parts):
@@ -266,9 +251,6 @@ def test_a_change_after_saving_is_seen_by_rotation_in_the_same_process(tmp_path,
     (place / "model.safetensors").write_bytes(weights)
     write(tmp_path, 2, parts, keep=1)
     assert steps(tmp_path) == [1, 2] and checkpoint.index(tmp_path)["steps"] == {"step-000002": None}
-
-
-# ---------------------------------------------------------------- a full or forbidden disk
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, parts, monkeypatch):
@@ -349,9 +331,6 @@ def test_a_file_where_the_run_should_be(tmp_path, parts):
         write(tmp_path / "run", 1, parts)
     with pytest.raises(CheckpointError, match=r"cannot write in .*run: File exists"), Lock(tmp_path / "run"):
         pass
-
-
-# ---------------------------------------------------------------- crashes
 
 
 class Crash(BaseException):
@@ -542,9 +521,6 @@ def test_a_leftover_of_a_dead_process_goes_and_of_a_living_one_stays(tmp_path, p
     assert steps(tmp_path) == [1, 2]
 
 
-# ---------------------------------------------------------------- the lock
-
-
 CHILD = """
 import sys, time
 from dsl.checkpoint import Lock
@@ -584,8 +560,6 @@ def test_an_unreadable_owner_does_not_matter(tmp_path):
         with pytest.raises(CheckpointError, match="in use by another process"):
             Lock(tmp_path).__enter__()
 
-
-# ---------------------------------------------------------------- real deaths
 
 SAVER = """
 import os, sys

@@ -62,9 +62,6 @@ def training(corpus) -> list[str]:
     return list(corpus.sample(10**9))
 
 
-# ---------------------------------------------------------------- pydocs
-
-
 def test_a_source_file_becomes_its_heads_and_docstrings(tmp_path):
     (tmp_path / "a.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("def (:\n")
@@ -131,9 +128,6 @@ def test_ngram_overlap_of_known_texts():
     assert ngram_overlap([" ".join(words[5:30])], [other, whole]) == 1.0
     assert ngram_overlap([" ".join(words[:20] + ["new"] * 20)], [whole]) == pytest.approx(8 / 28)  # 8 of its 28 fit
     assert ngram_overlap(["too short"], [whole]) == 0.0
-
-
-# ---------------------------------------------------------------- local
 
 
 @pytest.mark.slow
@@ -227,9 +221,6 @@ def test_an_edited_shard_of_the_same_size_is_another_corpus(hub, where):
     assert found[0][2].startswith("The first") and found[2][2].startswith("The other")
 
 
-# ---------------------------------------------------------------- the hub
-
-
 @pytest.mark.parametrize(
     ("corpus", "column"), [("cosmopedia", "text"), ("hf:HuggingFaceTB/cosmopedia:web_samples_v2:prompt", "prompt")]
 )
@@ -288,9 +279,6 @@ def test_hf_endpoint_is_all_that_another_hub_needs(hub, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 40 < int(done.stdout) < 60
-
-
-# ---------------------------------------------------------------- what is not there
 
 
 @pytest.mark.parametrize(

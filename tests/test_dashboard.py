@@ -1,8 +1,10 @@
 """What a reader sees of a run before it starts and while it trains: a forecast in words, a panel that follows."""
 
 import re
+import time
 
 import pytest
+import torch
 from runs import cache, home, make, table, train  # noqa: F401
 
 from dsl import report, widgets
@@ -64,16 +66,13 @@ def test_texts_are_shown_as_text(panels):
     assert "&lt;script&gt;" in panels[0].value and "<script>" not in panels[0].value
 
 
-# ---------------------------------------------------------------- before the start
-
-
 def test_a_forecast_counts_memory_work_and_time(monkeypatch):
     run = make(per_device_train_batch_size=2, gradient_accumulation_steps=3)
     told = report.forecast(run)
     assert told["work"].startswith("0 MFLOPs a token, 192 tokens a step, ") and told["work"].endswith(" in 12 steps")
     assert re.fullmatch(r"holds it with up to [\d,]{6,} rows at a time", told["a GPU of 12 GB"])
     assert re.fullmatch(r"00:00:\d\d at 0\.\d\d s a step, measured on 2 rows", told["time"])
-    assert "2 rows at a time" in told["memory"] and "active for a token" in told["model"]
+    assert "2 rows at a time" in told["memory of the tensors"] and "active for a token" in told["model"]
     monkeypatch.setattr(report, "SMALL_GPU", 1e5)
     assert report.forecast(run)["a GPU of 12 GB"] == "does not hold it"
 
@@ -85,9 +84,17 @@ def test_a_run_that_goes_on_is_forecast_from_its_own_log(monkeypatch):
     assert told["work"].endswith(" in 12 steps") and told["time"].endswith("s a step, as the run's log says")
 
 
-def test_a_forecast_leaves_random_numbers_alone():
-    import torch
+def test_the_work_of_a_gpu_is_timed_to_its_end(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: seen.append("wait"))
+    monkeypatch.setattr(time, "perf_counter", lambda: seen.append("clock") or 0.0)
+    for device, expected in (("cuda", "wait clock work wait clock"), ("cpu", "clock work clock")):
+        seen.clear()
+        report._timed(torch.device(device), seen.append, "work")
+        assert seen == expected.split()
 
+
+def test_a_forecast_leaves_random_numbers_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     report.forecast(make())

@@ -63,9 +63,6 @@ def split(tokens: list[int], tokenizer) -> list[str]:
     return texts
 
 
-# ---------------------------------------------------------------- tokenizers
-
-
 def test_gpt2_vocabulary_is_the_real_one():
     found = open_tokenizer(DataConfig(tokenizer="gpt2"), corpus())
     assert len(found) == 50_257 and found.encode("Hello world") == [15496, 995]
@@ -127,25 +124,18 @@ def test_tokenizers_that_cannot_be_had_are_named(tmp_path, monkeypatch):
         open_tokenizer(DataConfig(tokenizer="no/body", **quick), corpus())
 
 
-# ---------------------------------------------------------------- packing
-
-
 @pytest.mark.parametrize("cut", [0, 1, 9, 10, 11, 25])
 def test_shuffled_rows_are_the_same_rows_and_resume_anywhere(tokenizer, cut):
     plain = stream(tokenizer).next(40)
     data = DATA.model_copy(update={"shuffle_rows": 10})
 
-    def shuffled() -> TokenStream:
-        return TokenStream(corpus(), tokenizer, data=data, seed=0, length=LENGTH)
-
-    whole = shuffled().next(40)
+    whole = stream(tokenizer, data=data).next(40)
     for start in range(0, 40, 10):
         one, other = (sorted(map(tuple, rows[start : start + 10].tolist())) for rows in (plain, whole))
         assert one == other
     assert not torch.equal(plain, whole)
-    first = shuffled()
+    first, second = stream(tokenizer, data=data), stream(tokenizer, data=data)
     begun = [first.next(1) for _ in range(cut)]
-    second = shuffled()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert torch.equal(torch.cat([*begun, second.next(40 - cut)]), whole)
 
@@ -189,9 +179,6 @@ def test_encoded_tokens_are_kept_and_used_again(vocabulary, monkeypatch):
     assert again._source.tokens.dtype == np.uint16
 
 
-# ---------------------------------------------------------------- resume
-
-
 @pytest.mark.parametrize("pool", [1, 7])
 def test_a_stream_resumes_anywhere_again_and_again(tokenizer, pool):
     generator, data = seeded(), DATA.model_copy(update={"shuffle_rows": pool})
@@ -232,9 +219,6 @@ def test_a_state_of_another_corpus_is_refused_unless_allowed(tokenizer, caplog):
     source = stream(tokenizer, data=allowed, of=corpus(59))
     source.load_state_dict(state)
     assert torch.equal(source.next(3), stream(tokenizer, of=corpus(59)).next(3)) and "from its start" in caplog.text
-
-
-# ---------------------------------------------------------------- held-out rows
 
 
 def test_held_out_rows_predict_every_byte_once(tokenizer):

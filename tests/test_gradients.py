@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from helpers import assert_close, seeded
 from dsl import optim, runlog
 from dsl.config import ModelConfig
 from dsl.gradients import Objective, accumulate
-from dsl.interval import Interval
+from dsl.interval import Interval, gpu_percent
 from dsl.model import LanguageModel
 from dsl.processes import Interrupt, Processes
 
@@ -83,9 +82,6 @@ def test_scaled_gradients_are_those_times_the_scale():
         assert torch.equal(weight.grad, 128 * plain[name]), name
 
 
-# ---------------------------------------------------------------- an interval
-
-
 def one_step(counts, loss=2.0, entropy=1.0, dropped=0.0):
     """The tally of a step of two layers."""
     head = torch.tensor([loss, entropy, entropy, dropped, dropped], dtype=torch.float64)
@@ -118,6 +114,7 @@ def test_half_an_interval_goes_through_json_exactly():
         one.spend(1, 1)
     rows = interval.close(), other.close()
     assert all(rows[0][name] == rows[1][name] for name in rows[0] if name not in runlog.TIME_COLUMNS)
+    assert rows[1]["step_seconds"] == 1, "of the batches that this process took"
 
 
 def test_an_expert_that_starves_or_hoards_is_named_once(caplog):
@@ -141,7 +138,19 @@ def test_an_expert_that_starves_or_hoards_is_named_once(caplog):
     assert close(bad) == [] and close(even) == [] and len(close(bad)) == 3
 
 
-# ---------------------------------------------------------------- signals
+def test_the_use_of_a_gpu_is_logged_where_it_can_be_read(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    def fail(error):
+        raise error
+
+    gpu, cpu = map(torch.device, ("cuda", "cpu"))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 37)
+    assert (gpu_percent(gpu), gpu_percent(cpu)) == (37, None)
+    for error in (ModuleNotFoundError("nvidia-ml-py"), RuntimeError("no driver"), NVMLError("not supported")):
+        monkeypatch.setattr(torch.cuda, "utilization", lambda device, error=error: fail(error))
+        assert gpu_percent(gpu) is None
 
 
 def test_the_first_signal_asks_and_handlers_come_back():
@@ -149,7 +158,7 @@ def test_the_first_signal_asks_and_handlers_come_back():
     for number in (signal.SIGINT, signal.SIGTERM):
         with Interrupt() as interrupt:
             assert not interrupt.asked
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             assert interrupt.asked
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -157,12 +166,12 @@ def test_the_first_signal_asks_and_handlers_come_back():
 def test_the_second_signal_quits_at_once():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from the start
     with Interrupt(), pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(60)
     script = (
-        "import os, signal, time\nfrom dsl.processes import Interrupt\n"
-        "with Interrupt():\n for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n time.sleep(60)"
+        "import signal, time\nfrom dsl.processes import Interrupt\n"
+        "with Interrupt():\n for _ in range(2): signal.raise_signal(signal.SIGTERM)\n time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGTERM and done.stderr.count("once more quits") == 1

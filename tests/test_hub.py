@@ -13,13 +13,7 @@ import torch.nn.functional as F
 from helpers import assert_close, seeded
 from safetensors import safe_open
 from tiny import SIZES, STACKS, bytes_tokenizer, shell, tokens
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    TextIteratorStreamer,
-    pipeline,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, TextIteratorStreamer, pipeline
 
 from dsl import checkpoint
 from dsl.checkpoint import CheckpointError
@@ -39,9 +33,6 @@ def exact(request):
     """Every kind of state in fp64, where rounding flips neither a router's choice nor a greedy one."""
     seeded()
     return shell(**STACKS[request.param]).double()
-
-
-# ---------------------------------------------------------------- config
 
 
 def test_config_is_the_core_config_and_survives_its_file(tmp_path):
@@ -88,9 +79,6 @@ def test_a_config_changed_afterwards_is_checked_before_it_builds_a_model():
     config.num_key_value_heads = 4
     with pytest.raises(ValueError, match="num_key_value_heads must divide"):
         AutoModelForCausalLM.from_config(config)
-
-
-# ---------------------------------------------------------------- numbers
 
 
 @torch.no_grad()
@@ -156,9 +144,6 @@ def test_loss_is_cross_entropy_and_what_the_routers_add():
     assert routers > 0.5 and model(ids).router_stats is None
     out.loss.backward()
     assert model.model.layers[0].mlp.router.weight.grad.abs().sum() > 0
-
-
-# ---------------------------------------------------------------- state
 
 
 @torch.no_grad()
@@ -256,23 +241,14 @@ def test_the_window_ends_a_text_where_a_layer_has_one():
         shell(layer_types=["full_attention"])(tokens(1, 97))
 
 
-# ---------------------------------------------------------------- from a name to a model
-
-
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """A home with one run, `small`, of two steps."""
     monkeypatch.setenv("DSL_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for step in (100, 200):
-        checkpoint.save(
-            tmp_path / "checkpoints/small",
-            step,
-            model=shell(bos_token_id=step // 100),
-            tokenizer=bytes_tokenizer(),
-            trainer={"step": step},
-            optimizer={},
-        )
+        parts = {"model": shell(bos_token_id=step // 100), "tokenizer": bytes_tokenizer()}
+        checkpoint.save(tmp_path / "checkpoints/small", step, trainer={"step": step}, optimizer={}, **parts)
     return tmp_path / "checkpoints"
 
 
@@ -403,9 +379,6 @@ def test_an_error_without_words_is_named(runs, monkeypatch):
 def test_load_names_the_steps_there_are(runs):
     with pytest.raises(CheckpointError, match=r"step-000150 does not exist, steps there: \[100, 200\]"):
         load("small", 150)
-
-
-# ---------------------------------------------------------------- other people's tools
 
 
 def test_pipeline_and_streamer(model, tmp_path):

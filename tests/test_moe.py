@@ -34,9 +34,6 @@ def _seed():
     seeded()
 
 
-# ---------------------------------------------------------------- the first tests
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_check_holds(name):
     assert CHECKS[name]() is None
@@ -58,9 +55,6 @@ def test_changing_a_gate_weight_changes_the_output():
     weights[3, 1] *= 1.5
     changed = (block.experts(x.flatten(0, 1), experts, weights) - before).abs().amax(-1) > 1e-4
     assert changed.nonzero().flatten().tolist() == [3]
-
-
-# ---------------------------------------------------------------- equalities
 
 
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
@@ -196,9 +190,6 @@ def test_equal_to_mixtral_of_transformers(k):
     compare_with(MixtralSparseMoeBlock(MixtralConfig(**sizes)), build(balance="none", num_experts_per_tok=k))
 
 
-# ---------------------------------------------------------------- capacity
-
-
 @pytest.mark.parametrize("factor", [0.25, 1.0, 1.25])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_drops_equal_serving_one_by_one(factor, padded):
@@ -247,9 +238,6 @@ def test_capacity_formula():
     assert within_capacity(experts, 3, 2).tolist() == [[[True, True], [True, True], [False, True]]]
     keep = torch.tensor([[False, True, True]])
     assert within_capacity(experts, 3, 2, keep)[0, 1:].all()
-
-
-# ---------------------------------------------------------------- causality, on every router
 
 
 class Halves(nn.Module):
@@ -320,9 +308,6 @@ def test_a_registered_router_serves_a_model(own_routers):
     _, _, stats = model(torch.randint(50, (2, 9)))
     assert all((s.experts[..., 0] < 4).all() and (s.experts[..., 1] >= 4).all() for s in stats)
     model.update_router_biases(torch.stack([s.counts for s in stats]))  # it has no bias: nothing to do
-
-
-# ---------------------------------------------------------------- losses and bias
 
 
 def even(E=8, k=2):
@@ -425,9 +410,6 @@ def test_expert_choice_is_perfectly_balanced():
     tokens, weights = moe.expert_choice(torch.rand(32, 4), 16)
     assert tokens.shape == weights.shape == (4, 16)
     assert all(len(set(row.tolist())) == 16 for row in tokens)
-
-
-# ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,6 @@ def test_nothing_in_the_package_imports_the_museum():
         assert not any("museum" in ast.unparse(node) for node in imported), file.name
 
 
-# ---------------------------------------------------------------- the judges of notebook 02's exercises
-
-
 def gate(scores, bias, k, chosen_by=1.0, weighed_by=0.0):
     experts = (scores + chosen_by * bias).topk(k, dim=-1).indices
     weights = (scores + weighed_by * bias).gather(-1, experts)

@@ -39,9 +39,6 @@ def torch_rates(make, steps, top):
     return rates
 
 
-# ---------------------------------------------------------------- schedules
-
-
 @pytest.mark.parametrize("steps", [2, 3, 4, 7, 10, 100, 1001])
 def test_one_cycle_is_torchs(steps):
     train = TrainConfig(max_steps=steps, learning_rate=3e-3, lr_scheduler_type="one_cycle")
@@ -89,9 +86,6 @@ def test_wsd_takes_the_same_steps_before_its_decay_when_it_is_lengthened():
     same = [learning_rate(short, step) == learning_rate(long, step) for step in range(100)]
     assert all(same[: decay_start(short)]) and not any(same[decay_start(short) + 1 :])
     assert decay_start(TrainConfig(lr_scheduler_type="cosine")) is None
-
-
-# ---------------------------------------------------------------- Muon
 
 
 def relative(got, want):
@@ -174,9 +168,6 @@ def test_muon_leaves_alone_what_has_no_gradient():
     assert torch.equal(weight, before)
     with pytest.raises(ValueError, match="adjust_lr_fn must be"):
         Muon([weight], [[4]], 0.1, 0.1, 0.9, "other")
-
-
-# ---------------------------------------------------------------- the optimizer of a model
 
 
 def tiny(**changes):
@@ -304,9 +295,6 @@ def test_adamw_is_torchs_with_the_betas_of_the_settings():
             one.step()
     torch.testing.assert_close(weight.weight, other.weight)
     torch.testing.assert_close(weight.bias, other.bias)
-
-
-# ---------------------------------------------------------------- precision
 
 
 def machine(monkeypatch, cuda=False, bf16=False, mps=False):

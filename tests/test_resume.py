@@ -208,8 +208,6 @@ def wait_for(process, ready, seconds=120):
     raise AssertionError("the run did not get there")
 
 
-# ---------------------------------------------------------------- several processes
-
 WIDE = {"per_device_train_batch_size": 6, "save_steps": 4, "save_total_limit": 9, "logging_steps": 1}
 
 

@@ -30,9 +30,6 @@ def small_model(**changes) -> LanguageModel:
     return model
 
 
-# ---------------------------------------------------------------- balance
-
-
 @pytest.mark.parametrize(("tokens", "num_experts", "k", "published"), [(4096, 8, 1, 0.063), (1024, 8, 1, 0.127)])
 def test_sampling_floor_published(tokens, num_experts, k, published):
     assert routing.sampling_floor(tokens, num_experts, k) == pytest.approx(published, rel=0.02)
@@ -60,9 +57,6 @@ def test_steps_to_balance_follow_the_law():
     assert slow.maxvio_global(100) < 0.03
     assert slow.bias.mean(-1).abs().max() < 1e-6
     assert routing.balance_dynamics(1e-5, steps=20, tokens=256).steps_to(0.25) is None
-
-
-# ---------------------------------------------------------------- drops
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.1, 1.2])
@@ -118,9 +112,6 @@ def test_who_looks_ahead(generator):
     assert 0.4 < share(lambda s: routing.token_choice(s, 2, "k-major")) < 0.75
     assert 0.5 < share(lambda s: routing.token_choice(s, 2, "largest weight first")) < 0.85
     assert share(lambda s: routing.choice_of_experts(s, 2)) > 0.8
-
-
-# ---------------------------------------------------------------- what experts do
 
 
 def test_routes_are_those_of_the_model(generator):

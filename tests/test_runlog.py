@@ -27,7 +27,7 @@ def write(folder, steps, **options):
 
 def test_columns_are_the_agreed_ones():
     run = "step tokens epoch loss held_out_bits_per_byte lr grad_norm scale skipped_steps"
-    time = "step_seconds tokens_per_second memory_mb cpu_percent gpu_memory_mb"
+    time = "step_seconds tokens_per_second memory_mb cpu_percent gpu_memory_mb gpu_percent"
     layers = "load_3 maxvio_3 entropy_3 dropped_3 dead_3 load_5 maxvio_5 entropy_5 dropped_5 dead_5"
     assert runlog.columns([3, 5]) == (*run.split(), *time.split(), *layers.split())
     assert list(runlog.TIME_COLUMNS) == time.split()

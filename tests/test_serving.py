@@ -59,9 +59,6 @@ def client(url):
         yield client
 
 
-# ---------------------------------------------------------------- what it answers
-
-
 def test_generate_is_prompt_and_continuation(http, model, tokenizer):
     length = len(tokenizer(PROMPT)["input_ids"])
     answer = http.post("/generate", json={"prompt": PROMPT, "max_length": length + 9, "temperature": 0})
@@ -97,12 +94,7 @@ def test_logprobs_and_routing(client, model, tokenizer):
     extra = {"routing": True, "repetition_penalty": 1.0, "top_k": 5}
     choice = client.completions.create(**GREEDY | {"max_tokens": 4}, logprobs=2, extra_body=extra).choices[0]
     assert choice.routing == [
-        {
-            "text": t.text,
-            "probability": t.probability,
-            "experts": t.experts.tolist(),
-            "state_bytes": t.state_bytes,
-        }
+        {"text": t.text, "probability": t.probability, "experts": t.experts.tolist(), "state_bytes": t.state_bytes}
         for t in tokens
     ]
     assert choice.logprobs.token_logprobs == pytest.approx([torch.tensor(t.probability).log().item() for t in tokens])
@@ -140,9 +132,6 @@ def test_eos_is_a_stop(model):
 def test_health(http):
     answer = http.get("/health")
     assert answer.status_code == 200 and answer.json() == {"live": True, "ready": True, "running": 0, "waiting": 0}
-
-
-# ---------------------------------------------------------------- what it refuses
 
 
 @pytest.mark.parametrize(
@@ -228,18 +217,10 @@ def test_a_prompt_beyond_the_window(tokenizer):
         assert len(httpx.post(f"{url}/generate", json=long, timeout=60).json()["generated_text"]) >= 200
 
 
-# ---------------------------------------------------------------- keys, errors, logs
-
-
 def test_a_key(model, tokenizer, monkeypatch):
     with serving(model, tokenizer, key="s3cret") as url:
-        for headers in (
-            {},
-            {"Authorization": "Bearer wrong"},
-            {"Authorization": "s3cret"},
-            {"Authorization": "Bearer é"},
-        ):
-            headers = {name: value.encode() for name, value in headers.items()}
+        for given in (None, "Bearer wrong", "s3cret", "Bearer é"):
+            headers = {"Authorization": given.encode()} if given else {}
             answer = httpx.post(f"{url}/generate", json={"prompt": "a"}, headers=headers)
             assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
             assert "s3cret" not in answer.text
@@ -278,9 +259,6 @@ def test_a_failure_says_nothing_of_the_inside(tokenizer, caplog, capfd, monkeypa
     logged = caplog.text + "".join(capfd.readouterr())
     assert "a request failed: ValueError" in logged and "a request failed: ZeroDivisionError" in logged
     assert "Traceback" not in logged and PROMPT not in logged and "dsl/" not in logged
-
-
-# ---------------------------------------------------------------- load
 
 
 class Slow:
@@ -416,9 +394,6 @@ def test_names_are_no_paths(tmp_path, monkeypatch):
     (tmp_path / "checkpoints/mine/step-000002").mkdir(parents=True)
     assert name_of("mine") == name_of(str(tmp_path / "checkpoints/mine")) == "mine"
     assert name_of("checkpoints/mine/step-000002") == "mine/step-000002" and name_of("owner/name") == "owner/name"
-
-
-# ---------------------------------------------------------------- fuzz
 
 
 @pytest.mark.slow

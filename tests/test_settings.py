@@ -27,9 +27,6 @@ def problems(name="tiny", **flat) -> list[str]:
     return caught.value.problems
 
 
-# ---------------------------------------------------------------- presets
-
-
 def test_published_presets_have_their_sizes():
     run = preset("linear_moe")
     m, t = run.model, run.train
@@ -74,9 +71,6 @@ def test_names_are_unique_over_the_sections():
     assert max(names.values()) == 1
     assert not {"preset", "run_name", "mixer", "name", "config"} & set(names)
     assert all(f.description for section in schema.SECTIONS.values() for f in section.model_fields.values())
-
-
-# ---------------------------------------------------------------- conversion and refusal
 
 
 @pytest.mark.parametrize(
@@ -201,9 +195,6 @@ def test_run_names_are_plain_folder_names(name):
     assert line.startswith("run_name must be")
 
 
-# ---------------------------------------------------------------- settings that follow others
-
-
 def test_a_shorter_run_warms_up_for_the_same_share_and_a_longer_one_as_before():
     assert preset("linear_moe", max_steps=100).train.warmup_steps == 5
     assert preset("linear_moe", max_steps="1e2").train.warmup_steps == 5
@@ -239,9 +230,6 @@ def test_a_registered_mixer_and_router_are_known_by_name(monkeypatch):
     assert preset("tiny", mixer="mine", router="mine").model.kind(0) == "mine"
 
 
-# ---------------------------------------------------------------- files
-
-
 def test_a_file_may_start_from_a_preset_and_takes_its_name_from_itself(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("\ufeffpreset: tiny\ntrain:\n  max_steps: 10\n  learning_rate: 3e-4\n", "utf-8")
@@ -270,9 +258,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "latin.yaml"):
         with pytest.raises(SettingsError, match="cannot read"):
             Run.from_yaml(path)
-
-
-# ---------------------------------------------------------------- places
 
 
 def test_home_and_cache(monkeypatch, tmp_path):
@@ -310,8 +295,6 @@ def test_smoke(monkeypatch, value, want):
         monkeypatch.setenv("DSL_SMOKE", value)
     assert settings.smoke() is want
 
-
-# ---------------------------------------------------------------- notebooks
 
 CELL = "preset = 'tiny'\nrun_name = None\nmixer = None\nmax_steps = None\n"
 
@@ -452,9 +435,6 @@ def test_papermill_refuses_in_one_last_line_before_torch(tmp_path):
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
-# ---------------------------------------------------------------- import dsl
-
-
 def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -480,5 +460,5 @@ def test_every_lazy_name_resolves():
 
 
 def test_model_config_defaults_agree_with_its_checks():
-    assert schema.model_config({}) == ModelConfig()
+    assert schema.model_config() == ModelConfig()
     assert set(schema.ModelFields.model_fields) == {f.name for f in dataclasses.fields(ModelConfig)}

