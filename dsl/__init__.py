@@ -6,7 +6,13 @@ classes open a dsl checkpoint.
 
 import importlib
 import importlib.util
+import os
 import sys
+
+# Before torch is loaded: how long its threads (GNU's OpenMP) spin while they wait for each other. A millisecond by
+# default, in which they hold the processors that the rest of them need, on a machine that does something else too.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "ModelConfig": "config",

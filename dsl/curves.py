@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dsl.plots import COLORS
+from dsl.schema import TrainConfig
 
 
 def metrics(log_dir: Path) -> pd.DataFrame:
@@ -46,23 +47,25 @@ def training(
     left.set(xlabel="step", ylabel="nats per token, bits per byte")
     left.legend()
     middle.plot(table.step, table.lr, color=COLORS["other"], label="AdamW")
-    middle.set(xlabel="step", ylabel="learning rate of AdamW", ylim=(0, None))
+    middle.set(xlabel="step", ylabel="learning rate of AdamW")
     if train is not None and train.optimizer == "muon":
         muon = table.lr * (train.muon_learning_rate / train.learning_rate)  # it follows in proportion
         middle.plot(table.step, muon, "--", color=COLORS["law"], label="Muon")
         middle.set(ylabel="learning rate")
         middle.legend()
+    middle.set(ylim=(0, None))  # last: it would keep what is drawn later out
     if (table.scale != 1).any():
         scale = middle.twinx()
         skipped = f"{table.skipped_steps.iloc[-1]:.0f} batches left out"
         scale.step(table.step, table.scale, color=COLORS["latent"], where="post", label=skipped)
         scale.set_yscale("log", base=2)
         scale.set_ylabel("scale of the fp16 loss")
+        scale.grid(visible=False)
         scale.legend(loc="lower center")
     layers = load(table)
     for (layer, shares), tone in zip(layers.items(), np.linspace(1, 0.4, len(layers)), strict=True):
-        color = plt.get_cmap("Purples")(tone) if layer != min(layers) else COLORS["experts"]
-        right.plot(table.step, shares.max(1) * shares.shape[1] - 1, color=color, label=f"layer {layer}")
+        maxvio, color = shares.max(1) * shares.shape[1] - 1, plt.get_cmap("Purples")(tone)
+        right.plot(table.step, maxvio, color=color, label=f"layer {layer}")
     right.set(xlabel="step", ylabel="MaxVio = busiest / mean - 1", ylim=(0, None))
     if right.lines:
         right.legend(ncols=2)

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import ListedColormap, TwoSlopeNorm
 
+from dsl.colors import PALETTE
 from dsl.plots import COLORS, legend
 
 # Colours of this notebook's own: none of a mixer's. Wrong: what leaks, is uneven or is not balanced.
@@ -66,7 +67,7 @@ def look_ahead(shares: Mapping[str, float], trials: int, guess: float | None = N
     names, values = list(shares), np.array(list(shares.values()))
     colors = [EXPERTS if value == 0 else WRONG for value in values]
     error = 2 * np.sqrt(values * (1 - values) / trials)
-    axis.barh(names, 100 * values, xerr=100 * error, color=colors, error_kw={"lw": 1, "ecolor": "#555555"})
+    axis.barh(names, 100 * values, xerr=100 * error, color=colors, error_kw={"lw": 1, "ecolor": COLORS["law"]})
     for i, value in enumerate(values):
         axis.text(100 * (value + error[i]) + 1.5, i, f"{100 * value:.0f} %", va="center")
     axis.set(xlabel="trials in which an earlier token notices the last one, %", xlim=(0, 108))
@@ -144,8 +145,8 @@ def settling(table: pd.DataFrame, loads: Mapping[int, np.ndarray], settled: pd.D
         axes[-1].plot(settled.index, settled.iloc[:, place], "o-", **style)
     axes[-2].axhline(math.log(count), color=COLORS["law"], ls="--", lw=1.2)
     axes[-2].set(xlabel="step", ylabel=f"entropy, nats (max ln {count})", title="mean scores of the routers")
-    axes[-1].set(xlabel="step of the checkpoint", ylabel="share of the choices", ylim=(0, 1.02))
-    axes[-1].set(title="choices shared with the last checkpoint")
+    shared = "choices shared with\nthe last checkpoint"
+    axes[-1].set(xlabel="step of the checkpoint", ylabel=shared, ylim=(0, 1.02), title="saturation")
     axes[-1].legend()  # and of the panel beside it
     return figure
 
@@ -169,10 +170,12 @@ def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int, per_ro
     """One text's way through the layers, `per_row` tokens a row: each token's first expert in each layer [L, T]."""
     layers, rows = len(experts), math.ceil(len(pieces) / per_row)
     figure, axes = plt.subplots(rows, 1, figsize=(9, (0.34 * layers + 0.4) * rows), squeeze=False)
+    few = num_experts <= len(PALETTE)  # then an expert has the colour that it has in texts
+    shades = ListedColormap(PALETTE[:num_experts]) if few else plt.get_cmap("tab20", num_experts)
     for axis, start in zip(axes[:, 0], range(0, len(pieces), per_row), strict=True):
         part, some = pieces[start : start + per_row], experts[:, start : start + per_row]
-        colors = {"cmap": plt.get_cmap("tab20", num_experts), "vmin": -0.5, "vmax": num_experts - 0.5, "alpha": 0.7}
-        axis.imshow(some, aspect="auto", **colors)
+        look = {"cmap": shades, "vmin": -0.5, "vmax": num_experts - 0.5, "alpha": 1 if few else 0.7}
+        axis.imshow(some, aspect="auto", **look)
         for (layer, step), expert in np.ndenumerate(some):
             axis.text(step, layer, int(expert), ha="center", va="center", fontsize=9)
         seen = [piece.replace("\n", "\\n").replace(" ", "\N{OPEN BOX}") for piece in part]

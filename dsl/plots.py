@@ -141,7 +141,8 @@ def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, flo
         color = _color(memory) if memory in measured else COLORS["published"]
         axes[0].axvline(width, color=color, ls=":", lw=1.2, label=f"_law, {memory}")
         note = f"law, {SHORT[memory]}: {width:.0f}"
-        axes[0].annotate(note, (width, 0.6), rotation=90, ha="right", va="top", fontsize=8, color=color)
+        place = {"xytext": (-2, 0), "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "top"}
+        axes[0].annotate(note, (width, 0.6), **place, fontsize=8, color=color)
     axes[0].axvline(guess, color="black", ls="--", lw=1.2, label=f"my guess: N = {guess:g}")
     axes[0].set(ylabel="retrieval loss, 0.5 |error|²", ylim=(-0.012, 0.61))
     for axis in axes:

@@ -74,6 +74,9 @@ class Processes:
         return box[0]
 
 
+PATIENCE = 2.0  # seconds that a step may go on after a signal: papermill ends its kernel some five seconds after Ctrl-C
+
+
 class Interrupted(Exception):
     """What was under way is given up, because of a signal."""
 
@@ -105,6 +108,11 @@ class Interrupt:
         if self.asked:
             raise Interrupted
 
+    def lose_patience(self, *_: Any) -> None:
+        """Like `check`, when the signal is PATIENCE old."""
+        if self.asked and time.monotonic() - self.since > PATIENCE:
+            raise Interrupted
+
     def wait(self, seconds: float) -> None:
         """Sleeps; raises Interrupted once a signal has asked, before it or meanwhile."""
         end = time.monotonic() + seconds
@@ -119,4 +127,5 @@ class Interrupt:
             signal.raise_signal(number)
         if not self.seen:  # straight to the descriptor: print and logging may be what was interrupted
             os.write(2, b"interrupted: finishing the step, then saving (once more quits at once)\n")
+            self.since = time.monotonic()
         self.seen.add(number)

@@ -213,6 +213,7 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
         axis.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
     means = {"effect, 95 % interval": COLORS["experts"], "interval contains no effect": COLORS["loss"]}
     entries = [plt.Line2D([], [], color=color, marker="o", label=label) for label, color in means.items()]
-    entries += [plt.Line2D([], [], **published, label="published"), plt.Line2D([], [], color="black", lw=1, label="no effect")]
+    entries.append(plt.Line2D([], [], **published, label="published"))
+    entries.append(plt.Line2D([], [], color="black", lw=1, label="no effect"))
     figure.legend(handles=entries, loc="outside lower center", ncols=4)
     return figure

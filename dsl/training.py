@@ -82,6 +82,7 @@ class Trainer:
         self.step = self.tokens = self.skipped = self.bad = 0
         self.loss = self.bits_per_byte = self.measured_at = None
         self.due = False  # what is due after the step, which an interrupt may put off
+        self.begun = None  # where data and random numbers stood before a step that an interrupt left undone
         self.interval = Interval(run.model)
         self.prompts = list(enumerate((*run.train.prompts, *self.corpus.prompts), run.train.seed))  # with their seeds
         if not new:
@@ -124,8 +125,7 @@ class Trainer:
             "last_bits_per_byte": self.bits_per_byte,
             "interval": self.interval.state_dict(),
             "due": [self.norm.item(), *self.interval.spent()] if self.due else None,
-            "data": self.stream.state_dict(),
-            "rng": resume.random_state(self.precision.device),
+            **(self.begun or self._places()),
             "scaler": self.precision.scaler.state_dict(),
             "threads": torch.get_num_threads(),
             "settings": self.run.to_dict(),
@@ -146,9 +146,12 @@ class Trainer:
         self.saved, self.saving = self.step, self.saving + time.perf_counter() - began
         logger.info("saved %s", Path(*path.parts[-3:]))
 
+    def _places(self) -> dict[str, Any]:
+        return {"data": self.stream.state_dict(), "rng": resume.random_state(self.precision.device)}
+
     def take_step(self) -> bool:
         """One batch; whether it made a step."""
-        train, began = self.run.train, time.perf_counter()
+        train, began, places = self.run.train, time.perf_counter(), self._places()
         rows, turns = train.per_device_train_batch_size, train.gradient_accumulation_steps
         self.optimizer.set_lr(optim.learning_rate(train, self.step))
         try:
@@ -158,6 +161,10 @@ class Trainer:
             raise
         try:
             total, good = self._learn(batch)
+        except Interrupted:
+            logger.info("interrupted: the step after %d takes long; it is taken when the run goes on", self.step)
+            self.begun = places
+            return False
         except RuntimeError as error:
             if problem := out_of_memory(error, self.precision.device, rows, turns):
                 raise TrainingError(problem) from None
@@ -186,6 +193,12 @@ class Trainer:
                 scaler.update(LEAST_SCALE)
         self.optimizer.zero_grad()
         return total, good
+
+    def _look_up(self, block: nn.Module, given: tuple) -> None:
+        """Before a block's forward pass, and after its backward pass: a step may take minutes."""
+        self.interrupt.lose_patience()
+        if given[0].requires_grad:
+            given[0].register_hook(self.interrupt.lose_patience)
 
     def _left_behind(self, loss: float) -> None:
         rate, scale = optim.learning_rate(self.run.train, self.step), self.precision.scaler.get_scale()
@@ -268,6 +281,8 @@ class Trainer:
         with Interrupt() as self.interrupt:
             if self.processes.world == 1:  # one that left a step alone would keep the others waiting in it
                 self.corpus.wait_by(self.interrupt.wait)
+                for block in self.model.layers:
+                    block.register_forward_pre_hook(self._look_up)
             while not self.processes.any(self.interrupt.asked) and (self.due or self.step < end):
                 with suppress(Interrupted):  # the model may be left in eval mode: no step follows
                     if self.due or self.take_step():

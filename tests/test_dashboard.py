@@ -1,8 +1,10 @@
 """What a reader sees of a run before it starts and while it trains: a forecast in words, a panel that follows."""
 
+import html
 import re
 import time
 
+import pandas as pd
 import pytest
 import torch
 from runs import cache, home, make, table, train  # noqa: F401
@@ -64,6 +66,15 @@ def test_texts_are_shown_as_text(panels):
     path.write_text("step,prompt,text\n6,The,<script>alert(1)</script>\n")
     widgets.dashboard(make())
     assert "&lt;script&gt;" in panels[0].value and "<script>" not in panels[0].value
+
+
+def test_a_table_of_texts_keeps_their_lines_and_spaces():
+    texts = pd.DataFrame({1: ["  a\n    <b>"], 20: [repr("\n")]}, index=pd.Index(["p"], name="prompt"))
+    page = widgets.table_html(texts.rename_axis(columns="step"))
+    cells = re.findall(r"<(t[hd]) style='[^']*text-align:left[^']*white-space:pre-wrap'>(.*?)</\1>", page)
+    assert [text for _, text in cells[:3]] == ["prompt", "step 1", "step 20"]
+    assert [html.unescape(text) for _, text in cells[3:]] == ["p", "  a<br>    <b>", r"'\n'"]
+    assert "<b>" not in page and "0.50" in widgets.table_html(pd.DataFrame({"x": [0.5]}), index=False)
 
 
 def test_a_forecast_counts_memory_work_and_time(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,14 @@ def test_a_mistyped_setting_costs_no_torch(door):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_waiting_threads_spin_shortly_unless_the_environment_says_otherwise():
+    code = "import sys, os, dsl; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    outside = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for given, want in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")):
+        done = subprocess.run([sys.executable, "-c", code], env=outside | given, capture_output=True, text=True)
+        assert done.stdout.split() == [want, "False"]
 
 
 def test_an_arrow_that_turns_back_is_seen(tmp_path, monkeypatch):

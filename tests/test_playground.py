@@ -54,6 +54,7 @@ def test_the_controls_reach_the_loop_and_the_panel_shows_what_it_gave(home):
 
 def test_two_side_by_side_have_one_prompt_and_seed(home):
     panel = Playground("one", "two")
+    assert [side.source.description for side in panel.panels] == ["Checkpoint", "Beside"]
     texts = run(panel)
     how = {"max_new_tokens": 12, "temperature": 0.5, "seed": 3}
     assert texts == [

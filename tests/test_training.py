@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from runs import assert_same, cache, elsewhere, home, make, table, tensors, train  # noqa: F401
 
-from dsl import checkpoint, data, evaluation, gradients, optim, report, training
+from dsl import checkpoint, data, evaluation, gradients, optim, processes, report, training
 from dsl.model import LanguageModel
 from dsl.runlog import columns
 from dsl.settings import Run
@@ -310,6 +310,33 @@ def test_an_interrupt_amid_what_is_due_records_nothing_and_the_next_call_makes_i
             train(on_log=crash)
         assert checkpoint.steps(make().run_dir) == [5, 6]
     assert (train().status, train().status) == ("finished", "complete")
+    assert_same(make("whole"), make(), 12)
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("patience", [-1, 60], ids=["slow", "quick"])
+def test_a_signal_amid_a_step_gives_up_what_takes_long_and_repeats_it(monkeypatch, backwards, patience):
+    """The eighth forward pass is of the fourth step, which is finished where that is a matter of seconds."""
+    turns = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    train("whole", **turns)
+    calls, forward = [], LanguageModel.forward
+
+    def counted(self, *given):
+        calls.append(self.training)
+        interrupts = self.training and sum(calls) == 8
+        if interrupts and not backwards:
+            signal.raise_signal(signal.SIGINT)
+        out = forward(self, *given)
+        if interrupts and backwards:
+            out[0].register_hook(lambda gradient: signal.raise_signal(signal.SIGINT))
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "PATIENCE", patience)
+        patch.setattr(LanguageModel, "forward", counted)
+        summary, last = train(**turns), 3 if patience < 0 else 4
+    assert (summary.status, summary.step) == ("interrupted", last) and checkpoint.steps(make().run_dir) == [last]
+    assert train(**turns).status == "finished"
     assert_same(make("whole"), make(), 12)
 
 
