@@ -19,6 +19,7 @@ setup: $(STAMP) ## make .venv and install the pinned versions into it (the other
 train: $(STAMP) ## run notebook 03, about three minutes: ARGS="-p max_steps 300 -p preset tiny"; again: goes on
 	@mkdir -p logs
 	$(VENV)/bin/papermill --no-progress-bar notebooks/03_train.ipynb logs/03_train.out.ipynb $(ARGS)
+	@echo "curves and texts: logs/03_train.out.ipynb; what there is now: $(VENV)/bin/dsl runs; to talk to it: $(VENV)/bin/dsl generate --help"
 
 # Two processes at least, four at most: each takes up to 2 GB, and a file's tests stay together.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -95,7 +96,7 @@ $(STAMP): requirements.txt
 	echo "make: installing into $(VENV), some minutes on the first time"; rm -f $@; \
 	"$$python" -m venv $(VENV) && $(PY) -m pip install --quiet --disable-pip-version-check pip==$(PIP) || exit 1; \
 	{ $(PY) -m pip install --no-compile -r requirements.txt -e . && touch $@; } | \
-	    sed '/^Requirement already /d; /^Ignoring /d'; \
+	    sed '/^Requirement already /d; /^Ignoring /d; /^ /d; s/^\(Installing collected packages\):.*/\1/'; \
 	if [ ! -e $@ ]; then \
 	    command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
 	        echo "make: there is no C compiler, which some package may want; install one (on Debian: apt-get install gcc python3-dev)" >&2; \

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsl import ops
+from dsl import moe, ops
 from dsl.config import ModelConfig
 from dsl.model import LanguageModel
 
@@ -191,8 +191,10 @@ def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, opti
     idle = stacks - stacks * c.num_experts_per_tok // c.num_experts
     looked_up = 0 if c.tie_word_embeddings else model.embed_tokens.weight.numel()
     kinds = [c.kind(layer) for layer in range(c.num_hidden_layers)]
-    routed = 2 * c.num_experts_per_tok * (c.moe_intermediate_size + c.hidden_size)
-    experts = routed + 4 * c.num_shared_experts * c.moe_intermediate_size
+    routed = 2 * c.moe_intermediate_size + c.hidden_size
+    if rows * T * c.num_experts_per_tok < moe.REMADE_FROM:
+        routed = 4 * c.moe_intermediate_size + 2 * c.hidden_size
+    experts = c.num_experts_per_tok * routed + 4 * c.num_shared_experts * c.moe_intermediate_size
     dense = 4 * c.intermediate_size * (c.num_hidden_layers - len(c.moe_layers))
     kept = sum(KEPT.get(kind, 20) * c.hidden_size for kind in kinds) + dense + experts * len(c.moe_layers)
     return Cost(

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dsl.config import ModelConfig, Registry
 
+REMADE_FROM = 8192  # rows for experts in a call, from which on memory counts for more than 4 % of the block's time
+
 
 @dataclass
 class Routing:
@@ -180,23 +182,28 @@ class Experts(nn.Module):
         k, flat = experts.shape[1], experts.flatten()
         order = flat.argsort(stable=True)  # assignments sorted by expert
         counts = torch.bincount(flat, minlength=self.num_experts)
-        gate_up = _grouped_linear(x[order // k], self.gate_up_proj, counts)
-        args = gate_up, self.down_proj, counts
-        if torch.is_grad_enabled():
-            y = checkpoint(_swiglu_down, *args, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = _swiglu_down(*args)
+        remake = torch.is_grad_enabled() and len(order) >= REMADE_FROM
+        gate_up = _expert_product(lambda x: x[order // k], x, self.gate_up_proj, counts, remake)
+        y = _expert_product(_swiglu, gate_up, self.down_proj, counts, remake)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         # Sum over k by shape, not index_add: the same order of additions on every device and run.
         return (y[place].unflatten(0, (-1, k)) * weights[..., None].to(y.dtype)).sum(1)
 
 
-def _swiglu_down(gate_up: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Of the widest tensors of a model only `gate_up` is kept for the backward pass; silu and product are made again
-    there, at a hundredth of the products' cost (the matrix product is not: its inputs are all that is missing)."""
-    gate, up = gate_up.chunk(2, -1)
-    return _grouped_linear(F.silu(gate) * up, weight, counts)
+def _expert_product(make, source: Tensor, weight: Tensor, counts: Tensor, remake: bool) -> Tensor:
+    """make(source) [M, in], rows sorted by expert, times the matrix of their expert.
+
+    With `remake` these rows, the widest of a model, are not kept for the backward pass but made again from their
+    source, bit by bit; the product is not made again: recomputation ends where it has its inputs.
+    """
+
+    def product(source: Tensor, weight: Tensor) -> Tensor:
+        return _grouped_linear(make(source), weight, counts)
+
+    if not remake:
+        return product(source, weight)
+    return checkpoint(product, source, weight, use_reentrant=False, preserve_rng_state=False)
 
 
 def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -212,6 +219,11 @@ def _grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([part @ matrix.mT for part, matrix in parts])
 
 
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (2002.05202); gate and up are one matrix [2 I, D]."""
 
@@ -221,8 +233,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(_swiglu(self.gate_up_proj(x)))
 
 
 class MoE(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class Trainer:
         if not new:
             self._restore(start)
         self.saved = None if self.due else self.step
-        self.began, self.saving = (self.step, time.perf_counter()), 0.0
+        self.began, self.saving = time.perf_counter(), 0.0
+        self.rows = deque([(self.step, self.began)], maxlen=6)  # when the last rows were written
 
     def _restore(self, start: resume.Start) -> None:
         state, device = start.state, self.precision.device
@@ -256,8 +258,9 @@ class Trainer:
             "skipped_steps": self.skipped,
             **self.interval.close(),
         }
-        self.loss, (first, then) = row["loss"], self.began
-        pace = (time.perf_counter() - then) / max(1, self.step - first)
+        self.loss, (first, then) = row["loss"], self.rows[0]
+        self.rows.append((self.step, time.perf_counter()))
+        pace = (self.rows[-1][1] - then) / max(1, self.step - first)
         row["seconds_left"] = (resume.end(self.run.train) - self.step) * pace
         logger.info(runlog.progress(row, self.run.train.max_steps))
         return row
@@ -290,11 +293,10 @@ class Trainer:
             self.save()
         if self.due:
             logger.info("interrupted: what is due after step %d comes first when the run goes on", self.step)
-        share = self.saving / (time.perf_counter() - self.began[1])
+        share = self.saving / (time.perf_counter() - self.began)
         logger.info("checkpoints took %.1f s, %.1f%% of the time", self.saving, 100 * share)
-        if self.due or self.step < end:
-            return "interrupted"
-        return "finished" if self.step == self.run.train.max_steps else "stopped"
+        done = "finished" if self.step == self.run.train.max_steps else "stopped"
+        return "interrupted" if self.due or self.step < end else done
 
 
 def train(run: Run, *, on_log: OnLog | None = None, progress: bool = True) -> Summary:

@@ -110,7 +110,7 @@ def draw(results: dict[str, dict], context: dict[str, dict]) -> None:
     ):
         for kind, points in context.items():
             x, y = zip(*((int(length), point[what] * unit) for length, point in points.items()), strict=True)
-            axis.loglog(x, y, "o-", ms=4, color=plots.COLORS.get(kind, "#777777"), label=kind)
+            axis.loglog(x, y, "o-", ms=4, color=plots.COLORS.get(kind, "#777777"), label=plots.NAMES.get(kind, kind))
         axis.set(xlabel="tokens of context", ylabel=label)
         axis.set_xscale("log", base=2)
     if context:
@@ -145,7 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             results[name] = measure(name, options.rounds, ceiling)
             print(line(name, results[name]), flush=True)
-    results = {name: results[name] for name in PAIRS if name in results}
+    words = {name: {"peer": pair.peer, "goal": pair.goal} for name, pair in PAIRS.items()}
+    results = {name: results[name] | words[name] for name in PAIRS if name in results}
     facts = {"torch": torch.__version__, "threads": 1, "gemm_flops": round(ceiling)}
     parts = {"pairs": results, "context": context, "profile": profiles}
     path.write_text(json.dumps({**facts, **parts}, indent=1) + "\n", encoding="utf-8")

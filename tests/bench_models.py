@@ -7,6 +7,7 @@ one of them and prints the peak memory of its process.
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import subprocess
@@ -81,9 +82,9 @@ def stepper(name: str, rows: int) -> Callable[[], None]:
 
 
 @pair("train-mixtral", "a training step of transformers' Mixtral", 1.3, beside="mixtral")
-@pair("train-deepseek", "that of its DeepseekV3", 1.0, beside="deepseek")
-@pair("train-qwen3-next", "that of its Qwen3-Next", 1.0, beside="qwen3-next")
-@pair("train-llama", "that of its dense Llama", 0.9, beside="llama")
+@pair("train-deepseek", "a training step of transformers' DeepseekV3", 1.0, beside="deepseek")
+@pair("train-qwen3-next", "a training step of transformers' Qwen3-Next", 1.0, beside="qwen3-next")
+@pair("train-llama", "a training step of transformers' Llama, dense", 0.9, beside="llama")
 def training_step(beside: str):
     """2 x 512 tokens, optimizer included."""
     from dsl import evaluation, settings
@@ -106,12 +107,19 @@ def _child(*command: str, home: str | None = None) -> str:
 
 
 @pair("memory-mixtral", "Mixtral's peak, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="mixtral")
-@pair("memory-deepseek", "DeepseekV3's", 1 / 0.6, unit="bytes", rounds=1, beside="deepseek")
-@pair("memory-qwen3-next", "Qwen3-Next's", 1 / 0.6, unit="bytes", rounds=1, beside="qwen3-next")
-@pair("memory-llama", "dense Llama's", 1 / 0.6, unit="bytes", rounds=1, beside="llama")
+@pair("memory-deepseek", "DeepseekV3's peak, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="deepseek")
+@pair(
+    "memory-qwen3-next", "Qwen3-Next's peak, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="qwen3-next"
+)
+@pair("memory-llama", "the peak of Llama, dense, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="llama")
 def memory(beside: str):
     """The peak of a process that takes two steps of 16 x 512 tokens: weights, moments, activations and logits."""
-    return tuple(lambda name=name: float(_child(__file__, name)) for name in ("ours", beside))
+    return tuple(functools.partial(_peak, name) for name in ("ours", beside))
+
+
+@functools.cache
+def _peak(name: str) -> float:
+    return float(_child(__file__, name))
 
 
 PEER_START = """
@@ -225,9 +233,27 @@ def context(once) -> dict[str, dict]:
     return table
 
 
-@pair("decode-elu", "itself at 512 tokens of context, at 65,536", 0.95, kinds=("elu", "elu"), lengths=(65536, 512))
-@pair("decode-delta", "likewise, the delta rule", 0.95, kinds=("delta", "delta"), lengths=(65536, 512))
-@pair("decode-mixtral", "Mixtral, at 8,192", 1.3, kinds=("elu", "mixtral"), lengths=(8192, 8192))
+@pair(
+    "decode-elu",
+    "itself at 512 tokens of context, at 65,536, five tokens",
+    0.95,
+    kinds=("elu", "elu"),
+    lengths=(65536, 512),
+)
+@pair(
+    "decode-delta",
+    "the delta rule at 512 tokens of context, at 65,536, five tokens",
+    0.95,
+    kinds=("delta", "delta"),
+    lengths=(65536, 512),
+)
+@pair(
+    "decode-mixtral",
+    "Mixtral, at 8,192 tokens of context, five tokens",
+    1.3,
+    kinds=("elu", "mixtral"),
+    lengths=(8192, 8192),
+)
 def decode(kinds: tuple[str, str], lengths: tuple[int, int]):
     """One new token, weights and states of the `linear_moe` sizes, batch 1."""
 

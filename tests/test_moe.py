@@ -101,18 +101,23 @@ def test_gradient_of_a_plain_sum(shape):
     assert_close("dx", x.grad, slow.grad, bound=3e-5)
 
 
-def test_for_the_backward_pass_silu_is_made_again_and_no_product_is():
-    """Six grouped products as without it: two forward, two for the rows, two for the matrices."""
+@pytest.mark.parametrize("remade", [False, True])
+def test_for_the_backward_pass_rows_are_made_again_and_no_product_is(remade, monkeypatch):
+    """Six grouped products in any case: two forward, two for the rows, two for the matrices. And the same gradients."""
     block, x, calls = build().experts, torch.randn(40, 16, requires_grad=True), []
+    args = torch.randint(8, (40, 2)), torch.rand(40, 2)
+    kept = gradients(block(x, *args).square().sum(), {"x": x, **dict(block.named_parameters())})
 
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             calls.append(function.__name__.split(".")[0])
             return function(*args, **(kwargs or {}))
 
+    monkeypatch.setattr(moe, "REMADE_FROM", 80 if remade else 81)
     with Calls():
-        block(x, torch.randint(8, (40, 2)), torch.rand(40, 2)).sum().backward()
-    assert calls.count("_grouped_mm") == 6 and calls.count("silu") == 2
+        got = gradients(block(x, *args).square().sum(), {"x": x, **dict(block.named_parameters())})
+    assert calls.count("_grouped_mm") == 6 and calls.count("silu") == 1 + remade
+    assert all(torch.equal(got[name], kept[name]) for name in kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
