@@ -107,11 +107,9 @@ def _child(*command: str, home: str | None = None) -> str:
 
 
 @pair("memory-mixtral", "Mixtral's peak, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="mixtral")
-@pair("memory-deepseek", "DeepseekV3's peak, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="deepseek")
-@pair(
-    "memory-qwen3-next", "Qwen3-Next's peak, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="qwen3-next"
-)
-@pair("memory-llama", "the peak of Llama, dense, a step of 16 x 512", 1 / 0.6, unit="bytes", rounds=1, beside="llama")
+@pair("memory-deepseek", "DeepseekV3's peak, a step of 16 x 512", 1.0, unit="bytes", rounds=1, beside="deepseek")
+@pair("memory-qwen3-next", "Qwen3-Next's peak, a step of 16 x 512", 1.0, unit="bytes", rounds=1, beside="qwen3-next")
+@pair("memory-llama", "the peak of Llama, dense, a step of 16 x 512", 1.0, unit="bytes", rounds=1, beside="llama")
 def memory(beside: str):
     """The peak of a process that takes two steps of 16 x 512 tokens: weights, moments, activations and logits."""
     return tuple(functools.partial(_peak, name) for name in ("ours", beside))

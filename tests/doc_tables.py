@@ -123,7 +123,10 @@ SPEEDS = {
         "{train-mixtral} times faster than Mixtral, {train-deepseek} than DeepseekV3, {train-qwen3-next} than "
         "Qwen3-Next, {train-llama} than a dense Llama"
     ),
-    "its peak memory, 16 rows at a time": "{memory-mixtral} times smaller than Mixtral's",
+    "its peak memory, 16 rows of 512 tokens at a time": (
+        "{memory-mixtral} times smaller than Mixtral's, {memory-deepseek} than DeepseekV3's, {memory-qwen3-next} than "
+        "Qwen3-Next's, {memory-llama} than a dense Llama's"
+    ),
     "its MoE block": "{moe-mixtral} times Mixtral's speed, {moe-dense} times that of a dense one",
     "decoding at 8,192 tokens of context": "{decode-mixtral} times faster than Mixtral",
 }
