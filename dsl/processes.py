@@ -74,7 +74,7 @@ class Processes:
         return box[0]
 
 
-PATIENCE = 2.0  # seconds that a step may go on after a signal: papermill ends its kernel some five seconds after Ctrl-C
+PATIENCE = 1.0  # seconds that a step may go on after a signal: papermill ends its kernel five seconds after Ctrl-C
 
 
 class Interrupted(Exception):
