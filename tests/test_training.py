@@ -365,6 +365,7 @@ def test_training_in_a_thread_works_without_signals():
 def test_two_signals_quit_at_once(home):  # noqa: F811
     code = (
         "import signal, runs\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "def ask(row):\n for _ in range(2): signal.raise_signal(signal.SIGINT)\n raise SystemExit('still here')\n"
         "runs.train(on_log=ask)"
     )
