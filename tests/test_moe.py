@@ -52,8 +52,8 @@ def test_changing_a_gate_weight_changes_the_output():
     experts, weights = (t.flatten(0, 1) for t in (block.router(x).experts, block.router(x).weights))
     before = block.experts(x.flatten(0, 1), experts, weights)
     weights = weights.clone()
-    weights[3, 1] *= 1.5
-    changed = (block.experts(x.flatten(0, 1), experts, weights) - before).abs().amax(-1) > 1e-4
+    weights[3, 1] += 1  # half as much again of a weight near zero would not show
+    changed = (block.experts(x.flatten(0, 1), experts, weights) != before).any(-1)
     assert changed.nonzero().flatten().tolist() == [3]
 
 
