@@ -88,8 +88,10 @@ class Interrupt:
     Signals reach the main thread alone: in another one this does nothing.
     """
 
-    def __enter__(self) -> Interrupt:
+    def __init__(self) -> None:
         self.seen, self.before = set(), {}
+
+    def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._ask)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +23,14 @@ from transformers import AutoTokenizer
 
 from dsl import checkpoint, evaluation, optim, resume, runlog
 from dsl.card import model_card
-from dsl.data import StreamError, TokenStream, held_out_rows, open_corpus, open_tokenizer
-from dsl.generation import complete
+from dsl.data import StreamError, TokenStream, open_corpus, open_tokenizer
 from dsl.gradients import Objective, accumulate, out_of_memory
 from dsl.hub import DslConfig, DslForCausalLM
-from dsl.interval import Interval
+from dsl.observer import Observer, OnLog
 from dsl.processes import Interrupt, Interrupted, Processes
 from dsl.settings import Run
 
 logger = logging.getLogger(__name__)
-OnLog = Callable[[dict[str, Any]], None]  # is given a row
 LEAST_SCALE = 1.0  # of fp16 gradients: where these still overflow, no scale will help
 
 
@@ -71,7 +67,6 @@ class Trainer:
             rule = f"vocab_size must be at least {len(self.tokenizer)}, the entries of the tokenizer"
             raise ValueError(f"{rule}, got {run.model.vocab_size}")
         self.stream = TokenStream(self.corpus, self.tokenizer, data=run.data, seed=run.train.seed, length=window)
-        self.held_out = held_out_rows(self.corpus, self.tokenizer, window)
         torch.manual_seed(run.train.seed)
         random.seed(run.train.seed)
         ids = {name: getattr(self.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
@@ -81,33 +76,27 @@ class Trainer:
         self.optimizer = optim.Optimizer(self.model, run.train)
         self.objective = processes.wrap(Objective(self.model))
         self.step = self.tokens = self.skipped = self.bad = 0
-        self.loss = self.bits_per_byte = self.measured_at = None
         self.due = False  # what is due after the step, which an interrupt may put off
         self.begun = None  # where data and random numbers stood before a step that an interrupt left undone
-        self.interval = Interval(run.model)
-        self.prompts = list(enumerate((*run.train.prompts, *self.corpus.prompts), run.train.seed))  # with their seeds
         if not new:
             self._restore(start)
+        self.interrupt, self.observer = Interrupt(), Observer(run, log, self.shell, self.tokenizer, self.corpus, start)
         self.saved = None if self.due else self.step
         self.began, self.saving = time.perf_counter(), 0.0
-        self.rows = deque([(self.step, self.began)], maxlen=6)  # when the last rows were written
 
     def _restore(self, start: resume.Start) -> None:
         state, device = start.state, self.precision.device
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tensor.data = tensor.data.clone()  # aligned: the last bit of a sum depends on where its numbers lie
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped_steps"]
-        self.bad, self.loss, self.bits_per_byte = state["bad_steps"], state["loss"], state["last_bits_per_byte"]
-        self.interval.load_state_dict(state["interval"], device)
+        self.bad = state["bad_steps"]
         self.optimizer.load_state_dict(checkpoint.read_optimizer(start.path))
         if problem := self.precision.load_scaler(state["scaler"]):
             logger.warning(problem)
         self.stream.load_state_dict(state["data"])
         resume.set_random_state(state["rng"], device)
         if start.due:
-            norm, *spent = start.due
-            self.due, self.norm = True, torch.tensor(norm)
-            self.interval.spend(*spent)
+            self.due, self.norm = True, torch.tensor(start.due[0])
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""
@@ -122,11 +111,8 @@ class Trainer:
             "epoch": self.stream.epoch,
             "skipped_steps": self.skipped,
             "bad_steps": self.bad,
-            "loss": self.loss,
-            "bits_per_byte": self.bits_per_byte if self.measured_at == self.step else None,  # ranks the steps
-            "last_bits_per_byte": self.bits_per_byte,
-            "interval": self.interval.state_dict(),
-            "due": [self.norm.item(), *self.interval.spent()] if self.due else None,
+            "due": [self.norm.item(), *self.observer.interval.spent()] if self.due else None,
+            **self.observer.state_dict(self.step),
             **(self.begun or self._places()),
             "scaler": self.precision.scaler.state_dict(),
             "threads": torch.get_num_threads(),
@@ -173,7 +159,7 @@ class Trainer:
             raise
         self.step, self.bad, self.skipped = self.step + good, 0 if good else self.bad + 1, self.skipped + (not good)
         self.tokens += batch[:, 1:].numel()
-        self.interval.spend(time.perf_counter() - began, batch[:, 1:].numel())
+        self.observer.interval.spend(time.perf_counter() - began, batch[:, 1:].numel())
         if not good:
             self._left_behind(total[0].item())
         return good
@@ -187,8 +173,8 @@ class Trainer:
         good = bool((self.norm + total[0]).isfinite())
         if good:
             scaler.step(self.optimizer)
-            self.model.update_router_biases(self.interval.counts(total))
-            self.interval.add(total)
+            self.model.update_router_biases(self.observer.interval.counts(total))
+            self.observer.interval.add(total)
         if scaler.is_enabled():
             scaler.update()
             if scaler.get_scale() < LEAST_SCALE:
@@ -216,72 +202,31 @@ class Trainer:
         path = checkpoint.newest(self.run.run_dir)[0]
         return f"The last good checkpoint is {path}." if path else "There is no checkpoint yet."
 
-    def events(self, on_log: OnLog) -> None:
-        """What is due after a step: measure, sample, log, save; in this order, so that a checkpoint has its rows.
-
-        Raises Interrupted, with nothing recorded: a figure over a part of the text would pass for the whole.
-        """
-        self.due = self.processes.first
+    def after_step(self, on_log: OnLog) -> None:
+        """What is due: a look at the model, then the checkpoint, so that it has its rows. Raises Interrupted."""
+        train, self.due = self.run.train, self.processes.first
         if not self.due:
             return
-        train, step = self.run.train, self.step
-        last, measured, texts = step == train.max_steps, None, []
-        with self.model.register_forward_pre_hook(self.interrupt.check):
-            if last or step % train.eval_steps == 0:
-                # In fp32 whatever trains: comparable, and it cannot overflow.
-                measured = evaluation.bits_per_byte(self.model, *self.held_out)
-            if last or step % train.sample_steps == 0:
-                texts = self._sample()
+        self.observer.look(self.step, self._figures, self.interrupt, on_log)
         self.due = False
-        if measured is not None:
-            self.bits_per_byte, self.measured_at = measured, step
-        if measured is not None or step % train.logging_steps == 0:
-            row = self._row(measured)
-            self.log.row(row)
-            on_log(row)
-        for prompt, text in texts:
-            self.log.generation(step, prompt, text)
-        if texts:
-            logger.info("step %d writes: %s", step, " ".join("".join(texts[-1]).split())[:160])
-        if last or step % train.save_steps == 0 or step == optim.decay_start(train):
+        if self.step == train.max_steps or self.step % train.save_steps == 0 or self.step == optim.decay_start(train):
             self.save()
 
-    def _row(self, measured: float | None) -> dict[str, Any]:
-        row = {
+    def _figures(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "tokens": self.tokens,
             "epoch": self.stream.epoch,
-            "held_out_bits_per_byte": measured,
             "lr": optim.learning_rate(self.run.train, self.step - 1),
             "grad_norm": self.norm.item(),
             "scale": self.precision.scaler.get_scale(),
             "skipped_steps": self.skipped,
-            **self.interval.close(),
         }
-        self.loss, (first, then) = row["loss"], self.rows[0]
-        self.rows.append((self.step, time.perf_counter()))
-        pace = (self.rows[-1][1] - then) / max(1, self.step - first)
-        row["seconds_left"] = (resume.end(self.run.train) - self.step) * pace
-        logger.info(runlog.progress(row, self.run.train.max_steps))
-        return row
-
-    def _sample(self) -> list[tuple[str, str]]:
-        """The prompts, each with its continuation; seeded on its own, so that training does not notice."""
-        texts, sampling = [], {"max_new_tokens": self.run.train.sample_tokens, "temperature": 0.8, "top_p": 0.9}
-        self.shell.eval()
-        for seed, prompt in [*self.prompts]:
-            try:
-                texts.append((prompt, complete(self.shell, self.tokenizer, prompt, seed=seed, **sampling)))
-            except ValueError as problem:  # a prompt that is longer than the window
-                logger.warning("no text for %r: %s", prompt, problem)
-                self.prompts.remove((seed, prompt))
-        self.shell.train()
-        return texts
 
     def loop(self, on_log: OnLog) -> str:
         """Steps until the end, stop_at_step or a signal; saves; the status for the summary."""
         end = resume.end(self.run.train)
-        with Interrupt() as self.interrupt:
+        with self.interrupt:
             if self.processes.world == 1:  # one that left a step alone would keep the others waiting in it
                 self.corpus.wait_by(self.interrupt.wait)
                 for block in self.model.layers:
@@ -289,7 +234,7 @@ class Trainer:
             while not self.processes.any(self.interrupt.asked) and (self.due or self.step < end):
                 with suppress(Interrupted):  # the model may be left in eval mode: no step follows
                     if self.due or self.take_step():
-                        self.events(on_log)
+                        self.after_step(on_log)
             self.save()
         if self.due:
             logger.info("interrupted: what is due after step %d comes first when the run goes on", self.step)
@@ -329,7 +274,8 @@ def train(run: Run, *, on_log: OnLog | None = None, progress: bool = True) -> Su
                 _describe(run)
                 with closing(trainer.stream):
                     status = trainer.loop(on_log or (lambda row: None))
-            figures = (trainer.step, trainer.loss, trainer.bits_per_byte, trainer.tokens, trainer.skipped)
+            seen = trainer.observer
+            figures = (trainer.step, seen.loss, seen.bits_per_byte, trainer.tokens, trainer.skipped)
             return Summary(status, *figures, run.run_dir, run.log_dir)
 
 

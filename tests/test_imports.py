@@ -16,7 +16,7 @@ MODEL = ["config", "ops", "attention", "moe", "model"]
 RUN = [
     "schema", "settings", "pydocs", "tables", "corpora", "data", "checkpoint", "hub", "generation", "optim",
     "evaluation", "costs", "recall", "routing", "runlog", "processes", "interval", "gradients", "resume", "card",
-    "training", "report",
+    "observer", "training", "report",
 ]  # fmt: skip
 DOORS = [
     "colors", "address", "plots", "expert_plots", "curves", "compare", "lens", "findings", "study_plots", "widgets",
@@ -29,7 +29,7 @@ BESIDE = {  # read beside the rest, imported by nothing in dsl; what each may us
     "museum": ["config", "ops", "attention", "moe", "model", "evaluation", "routing", "reference", "reference_moe"],
 }
 FILES = sorted(p.stem for p in DSL.glob("*.py") if p.stem != "__init__")
-LINES = 340
+LINES = 330
 
 
 def tree(name: str) -> ast.Module:

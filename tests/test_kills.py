@@ -21,12 +21,12 @@ import pytest
 from hub_emulator import FAULTS, Hub, write_dataset
 from runs import assert_same, cache, elsewhere, home, make, table, train  # noqa: F401
 
-from dsl import checkpoint, data, evaluation, training
+from dsl import checkpoint, data, evaluation, observer, training
 
 pytestmark = [pytest.mark.usefixtures("home"), pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(7200)]
 PHASES = {
     "step": (training, "accumulate"),
-    "generation": (training, "complete"),
+    "generation": (observer, "complete"),
     "evaluation": (evaluation, "bits_per_byte"),
     "stream": (data.TokenStream, "next"),
     "saving": (checkpoint, "save"),

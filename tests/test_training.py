@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from runs import assert_same, cache, elsewhere, home, make, table, tensors, train  # noqa: F401
 
-from dsl import checkpoint, data, evaluation, gradients, optim, processes, report, training
+from dsl import checkpoint, data, evaluation, gradients, observer, optim, processes, report, training
 from dsl.model import LanguageModel
 from dsl.runlog import columns
 from dsl.settings import Run
@@ -178,15 +178,15 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(monkey
 
 
 def test_weights_that_are_not_finite_are_never_saved(monkeypatch):
-    real = training.Trainer._sample
+    real = observer.Observer._sample
 
     def spoil(self):
         texts = real(self)
         with torch.no_grad():
-            self.model.norm.weight[0] = math.nan
+            self.model.model.norm.weight[0] = math.nan
         return texts
 
-    monkeypatch.setattr(training.Trainer, "_sample", spoil)
+    monkeypatch.setattr(observer.Observer, "_sample", spoil)
     with pytest.raises(training.TrainingError, match=r"not saved: norm.weight is not finite at step 6.*step-000005"):
         train(save_steps=1)
     assert checkpoint.steps(make().run_dir) == [3, 4, 5]
@@ -273,7 +273,7 @@ def test_sigterm_after_sigint_is_not_the_second_interrupt():
 
 
 @pytest.mark.parametrize("step", [6, 12])
-@pytest.mark.parametrize("phase", [(evaluation, "bits_per_byte"), (training, "complete")], ids=["measured", "sampled"])
+@pytest.mark.parametrize("phase", [(evaluation, "bits_per_byte"), (observer, "complete")], ids=["measured", "sampled"])
 def test_an_interrupt_amid_what_is_due_records_nothing_and_the_next_call_makes_it(monkeypatch, phase, step):
     """No forward pass comes after the signal. A crash after that next call's rows of the step doubles none of them."""
     train("whole")
