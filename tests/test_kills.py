@@ -41,18 +41,20 @@ KILLS = (13, 12) if os.environ.get("DSL_SOAK") else (2, 1)
 
 
 def live(name: str, settings: dict, phase: str, call: int, share: float) -> None:
-    """In a process of its own: train, and be killed a share of the way through a call of a phase."""
+    """In a process of its own: train, and be killed a share of the way through a call of a phase; 1: right after it."""
     owner, function = PHASES[phase]
     real, seconds = getattr(owner, function), [0.05]
 
     def timed(*args, **options):
         start = time.perf_counter()
-        if len(seconds) == call:
+        if len(seconds) == call and share < 1:
             threading.Timer(share * seconds[-1], os.kill, (os.getpid(), signal.SIGKILL)).start()
         try:
             return real(*args, **options)
         finally:
             seconds.append(time.perf_counter() - start)
+            if len(seconds) == call + 1:  # the call was shorter than the one before: no kill comes later
+                os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, function, timed)
     print(train(name, **settings).status)
@@ -69,13 +71,14 @@ def killed(settings: dict, kills: int) -> None:
         given = (name, settings, phase, chance.randint(1, 4), chance.random())
         process = elsewhere(f"import test_kills\ntest_kills.live(*{given!r})", stdout=-1)
         out = process.communicate()[0]
-        if process.returncode == -signal.SIGKILL:
-            done[phase] += 1
-            assert checkpoint.newest(make(name).run_dir)[1] == [], "a folder exists whole or not at all"
-            continue
-        assert (process.returncode, out) == (0, "finished\n"), "it got through before its time: the next run"
-        assert_same(make("whole", **settings), make(name, **settings), settings["max_steps"])
-        run += 1
+        ended = (process.returncode, out)
+        assert out == "finished\n" or ended == (-signal.SIGKILL, ""), (given, ended)
+        done[phase] += not out
+        saved, problems = checkpoint.newest(make(name).run_dir)
+        assert problems == [], "a folder exists whole or not at all"
+        if saved == checkpoint.step_dir(make(name).run_dir, settings["max_steps"]):  # also by one killed after that
+            assert_same(make("whole", **settings), make(name, **settings), settings["max_steps"])
+            run += 1
     train(f"parts{run}", **settings)
     assert_same(make("whole", **settings), make(f"parts{run}", **settings), settings["max_steps"])
     assert not [*make(f"parts{run}").run_dir.glob(".step-*")], "nothing half written is left"
@@ -84,6 +87,14 @@ def killed(settings: dict, kills: int) -> None:
 
 def test_killed_anywhere_equals_uninterrupted():
     killed(OFTEN, KILLS[0])
+
+
+def test_killed_after_its_last_save_a_run_is_complete():
+    train("whole", **OFTEN)
+    process = elsewhere(f"import test_kills\ntest_kills.live(*{('run', OFTEN, 'saving', 6, 1)!r})", stdout=-1)
+    assert (process.communicate()[0], process.returncode) == ("", -signal.SIGKILL)
+    assert train("run", **OFTEN).status == "complete"
+    assert_same(make("whole", **OFTEN), make("run", **OFTEN), OFTEN["max_steps"])
 
 
 def test_killed_anywhere_while_it_streams_over_a_bad_line(home, monkeypatch):  # noqa: F811
