@@ -94,9 +94,8 @@ def draw(results: dict[str, dict], context: dict[str, dict]) -> None:
     axis.barh(names, [r - 1 for r in ratios], left=1, height=0.55, color=plots.COLORS["other"], label="measured")
     axis.plot(goals, names, "|", color="black", ms=12, mew=2, label="goal")
     for i, pair in enumerate(zip(ratios, goals, strict=True)):
-        axis.annotate(
-            f"{pair[0]:.3g}", (max(pair), i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        text = f"{pair[0]:.{2 * (pair[0] < 10)}f}"
+        axis.annotate(text, (max(1, *pair), i), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set(xlabel="times faster (or smaller) than the peer, one thread", xscale="log")
     low, high = min(0.9, *ratios, *goals) * 0.95, max(*ratios, *goals) * 1.6
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]

@@ -142,7 +142,7 @@ def loss_head():
     return lambda: torch.autograd.grad(model.loss(hidden, labels), weights), peer, {"tokens": 1024}
 
 
-@pair("data", "transformers' tokenizer reading the same documents", 5.0)
+@pair("data", "transformers' tokenizer encoding the same documents, ours cached", 5.0)
 def data_loading():
     """A pool of 1,024 shuffled rows of 256 tokens from pydocs; the tokens are on the disk, the peer encodes text."""
     from dsl import data, settings

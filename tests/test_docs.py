@@ -86,7 +86,7 @@ def test_every_link_of_the_pages_leads_somewhere():
 
 def licence(name: str) -> str:
     about = metadata(name)
-    stated = (c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if c.startswith("License"))
+    stated = (c.split(" :: ")[-1] for c in about.get_all("Classifier") or [] if c.startswith("License :: OSI"))
     return about.get("License-Expression") or next(stated, None) or about["License"].splitlines()[0]
 
 
