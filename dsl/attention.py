@@ -2,8 +2,8 @@
 
 Each is `Mixer(config)(x, state, positions, keep) -> (y, state)`: one call for training, prefill and decoding.
 Knows nothing of experts, losses or the Hugging Face cache; the arithmetic of the recurrent forms is in `ops`.
-`keep` [B, T] marks the real tokens, None all; padding may stand before them and after them. A state or a mask that does
-not fit is a ValueError.
+`keep` [B, T] marks the real tokens, None all; padding may stand before them and after them, but a short convolution
+cannot go on after it. A state or a mask that does not fit is a ValueError.
 
 Shape letters: B batch, T new time steps, S all time steps so far, H query heads, G key-value heads,
 K width of a head, V width of a value, C width of the key-value latent, D hidden size.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,23 +100,15 @@ class LinearMixer(nn.Module):
 
     def forward(self, x: Tensor, state: LinearState | None, positions: Tensor, keep: Tensor | None):
         q, k, v, window = _convolved_heads(self, x, state, keep)
-        q, k = self.feature_map(q), self.feature_map(k)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        q, k, v = self.feature_map(q.to(dtype)), self.feature_map(k.to(dtype)), v.to(dtype)
         if keep is not None:
             k = k * keep[..., None, None]  # a feature map of zero is not zero: padding must not be remembered
-        form = "recurrent" if x.shape[1] == 1 else "chunked"
-        memory = state.memory if state else None
-        y, memory = ops.linear_attention(
-            q,
-            k,
-            v,
-            form=form,
-            normalize=self.norm is None,
-            state=memory,
-            chunk_size=32,  # fastest of 32 to 128 on a CPU at widths up to 64
-        )
+        y, memory = ops.linear_attention(q, k, v, normalize=self.norm is None, **_how(x, state))
         if self.norm is not None:
             y = self.norm(y)
-        return self.o_proj(y.flatten(2)), LinearState(_seen(state) + x.shape[1], memory, window)
+        y = y.flatten(2).to(x.dtype)
+        return self.o_proj(y), LinearState(_seen(state) + x.shape[1], memory, window)
 
 
 class DeltaMixer(nn.Module):
@@ -149,16 +142,7 @@ class DeltaMixer(nn.Module):
         log_decay = -self.A_log.to(dtype).exp() * F.softplus(a + self.dt_bias.to(dtype))
         if keep is not None:  # padded keys are zero already, but a padded step must not forget either
             log_decay = log_decay * keep[..., None]
-        y, memory = ops.delta_rule(
-            q,
-            k,
-            v.to(dtype),
-            beta.sigmoid(),
-            log_decay=log_decay,
-            form="recurrent" if x.shape[1] == 1 else "chunked",
-            state=state.memory if state else None,
-            chunk_size=32,  # fastest of 16 to 128 on a CPU at these widths
-        )
+        y, memory = ops.delta_rule(q, k, v.to(dtype), beta.sigmoid(), log_decay=log_decay, **_how(x, state))
         gate = self.g_proj(x).unflatten(-1, (-1, y.shape[-1])).sigmoid()
         y = (self.norm(y) * gate).flatten(2).to(x.dtype)
         return self.o_proj(y), LinearState(_seen(state) + x.shape[1], memory, window)
@@ -266,6 +250,14 @@ def _check_call(x: Tensor, state: State | None, kind: type[State], keep: Tensor 
         raise ValueError(f"{rule}, got {tuple(keep.shape)} on {keep.device}")
 
 
+def check_unbroken(name: str, keep: Tensor) -> None:
+    """Raise ValueError where padding stands between real tokens: a convolution would look into it, not across it."""
+    begun = F.pad(keep.bool(), (1, 0)).int().diff() > 0
+    if (gaps := begun.sum(1) > 1).any():
+        rule = f"{name} must mark one unbroken stretch of each row: a short convolution cannot skip padding"
+        raise ValueError(f"{rule}, got a gap in rows {gaps.nonzero().flatten().tolist()}")
+
+
 def _convolved_heads(mixer: LinearMixer | DeltaMixer, x: Tensor, state: LinearState | None, keep: Tensor | None):
     """Queries [B, T, H, K], keys and values [B, T, G, K] after the short convolution, and its next window."""
     _check_call(x, state, LinearState, keep)
@@ -273,16 +265,19 @@ def _convolved_heads(mixer: LinearMixer | DeltaMixer, x: Tensor, state: LinearSt
     if keep is not None:
         qkv = qkv * keep[..., None]
     if mixer.conv is not None:
-        if keep is not None and x.shape[1] > 2:  # the convolution would look into the gap instead of across it
-            begun = F.pad(keep.bool(), (1, 0)).int().diff() > 0
-            if (gaps := begun.sum(1) > 1).any():
-                rule = "keep must mark one unbroken stretch of each row: a short convolution cannot skip padding"
-                raise ValueError(f"{rule}, got a gap in rows {gaps.nonzero().flatten().tolist()}")
+        if keep is not None and x.shape[1] > 2:
+            check_unbroken("keep", keep)
         qkv, window = mixer.conv(qkv, state.window if state else None)
         if keep is not None:
             qkv = qkv * keep[..., None]
     heads = qkv.unflatten(-1, (sum(mixer.heads), -1))
     return *heads.split(mixer.heads, 2), window
+
+
+def _how(x: Tensor, state: LinearState | None) -> dict[str, Any]:
+    """How a recurrent form reads x after a state; chunks of 32 are the fastest of 16 to 128 on a CPU."""
+    form = "recurrent" if x.shape[1] == 1 else "chunked"
+    return {"form": form, "state": state.memory if state else None, "chunk_size": 32}
 
 
 def _all_steps(x: Tensor, state: SoftmaxState | LatentState | None, kind: type[State], keep: Tensor | None, **new):

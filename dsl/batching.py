@@ -6,8 +6,6 @@ the longest sequence, and the padding is masked. Knows nothing of sampling or re
 Shape letters: B sequences, S time steps of the longest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch
@@ -56,7 +54,7 @@ class Batch:
 
     def leave(self, stay: list[int]) -> None:
         """Keep these rows only, in this order."""
-        if len(stay) == len(self.lengths):
+        if stay == [*range(len(self.lengths))]:
             return
         self.lengths, self.sizes = [self.lengths[i] for i in stay], [self.sizes[i] for i in stay]
         rows = torch.tensor(stay, device=next(self.core.parameters()).device)

@@ -4,8 +4,6 @@ Knows nothing of tensors, training or files, and imports only the standard libra
 setting is refused before torch is loaded. Field names are those of the Hugging Face ecosystem.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import sys
@@ -48,7 +46,7 @@ class ModelConfig:
     kv_lora_rank: int = _of(64, "width of the latent that latent attention caches")
     q_lora_rank: int | None = _of(None, "width of the query latent; None: full queries")
     qk_nope_head_dim: int | None = _of(None, "latent attention, part without positions; None: head_dim")
-    qk_rope_head_dim: int | None = _of(None, "latent attention, rotary part; None: head_dim / 2")
+    qk_rope_head_dim: int | None = _of(None, "latent attention, rotary part; None: half of head_dim, even")
     v_head_dim: int | None = _of(None, "latent attention, width of values; None: head_dim")
     moe_layers: tuple[int, ...] | Literal["all"] = _of("all", "0-based layers with experts; the rest are dense")
     num_experts: int = _of(8, "routed experts of a layer")
@@ -74,7 +72,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         head_dim = self.hidden_size // self.num_attention_heads if self.num_attention_heads > 0 else 0
         self._fill(head_dim=head_dim, moe_intermediate_size=self.intermediate_size)
-        self._fill(qk_nope_head_dim=self.head_dim, qk_rope_head_dim=self.head_dim // 2, v_head_dim=self.head_dim)
+        rotary = max(2, self.head_dim // 4 * 2)
+        self._fill(qk_nope_head_dim=self.head_dim, qk_rope_head_dim=rotary, v_head_dim=self.head_dim)
         layers, pattern = max(self.num_hidden_layers, 0), tuple(self.layer_types)
         object.__setattr__(self, "layer_types", (pattern * layers)[:layers] if pattern else ())
         moe = tuple(range(layers)) if self.moe_layers == "all" else self.moe_layers
@@ -172,7 +171,7 @@ class Registry(dict[str, type]):
     def resolve(self, name: str) -> type:
         """The class of a name, which the caller trusts: its module is run. Raises ValueError with the known names."""
         module, _, attribute = name.partition(":")
-        if attribute:
+        if module and attribute:
             try:
                 found = getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError) as error:

@@ -6,8 +6,6 @@ knows nothing of batches, files or screens; the filters of the distribution are 
 Shape letters: V vocabulary, L MoE layers, k experts of a token.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -163,23 +161,22 @@ def turns(model, tokenizer, prompt, *, stop=None, **sampling) -> Turns:
 
 @torch.inference_mode()
 def _turns(model, tokenizer, ids: list[int], how: Sampling, stopped: Callable[[], bool] | None) -> Turns:
-    text, ends = _Text(tokenizer, ids[-1]), {tokenizer.eos_token_id}
-    ends.update(torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist())
+    text, more = _Text(tokenizer, ids[-1]), model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
     tokens, choose = torch.tensor([ids], device=model.device), _chooser(how, model.device)
     reading = yield tokens
     yield None
     for position in range(len(ids), min(len(ids) + how.max_new_tokens, model.config.context_limit or math.inf)):
         if stopped is not None and stopped():
             return
-        logits = reading.logits.float()
+        logits = reading.logits[:, : len(tokenizer)].float()  # the vocabulary may be padded
         if not logits.isfinite().all():
             raise ValueError("logits must be finite, got NaN or infinity: the weights are broken")
-        logits[:, len(tokenizer) :] = -math.inf  # the vocabulary may be padded
         token = choose(tokens, logits)
         tokens, new = torch.cat([tokens, token[None]], 1), token.item()
         reading = yield token[None]
         probabilities = logits[0].softmax(-1)
-        best = probabilities.topk(min(RUNNERS_UP + 1, len(tokenizer), len(probabilities)))
+        best = probabilities.topk(min(RUNNERS_UP + 1, len(probabilities)))
         others = [(i, p) for p, i in zip(*map(Tensor.tolist, best), strict=True) if i != new][:RUNNERS_UP]
         yield Token(
             id=new,

@@ -6,8 +6,6 @@ Shape letters: R rows of a step, T time, L MoE layers, E experts. A step's tally
 [loss, L entropies, L dropped shares, L x E assignment counts].
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch
@@ -48,6 +46,7 @@ def accumulate(
         share = (targets != IGNORE).sum().item() / scored
         quiet = processes.world > 1 and i < len(parts) - 1  # gradients travel once a step
         with objective.no_sync() if quiet else nullcontext():
+            targets = targets if share else inputs  # the mean over no label is NaN, and none of it counts
             with precision.autocast():
                 loss, extra, stats = objective(inputs.to(device), targets.to(device))
             precision.scaler.scale((loss + extra) * (share * processes.world)).backward()

@@ -6,8 +6,6 @@ core's, bit for bit. No mathematics is here, and nothing of training.
 Shape letters: B batch, T new tokens, S past and new tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from transformers.utils import logging as bars
 from transformers.utils.generic import can_return_tuple
 
 from dsl import checkpoint, schema, settings
-from dsl.attention import State
+from dsl.attention import State, check_unbroken
 from dsl.checkpoint import CheckpointError
 from dsl.config import ModelConfig, check_foreign
 from dsl.model import LanguageModel
@@ -111,6 +109,18 @@ class DslOutput(CausalLMOutputWithPast):
     router_stats: list | None = None
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers, for milliseconds of work: they fill logs and notebooks."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
 class DslForCausalLM(PreTrainedModel, GenerationMixin):
     """`LanguageModel` as transformers wants it; `.model` is the core, and the head is the core's."""
 
@@ -142,13 +152,20 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.lm_head = new_embeddings
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        with _no_bars():
-            return super().from_pretrained(*args, **kwargs)
+    @_no_bars()
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As transformers', which leaves in a weight that no file has what the memory held: here a ValueError."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        wrong = {*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights do not fit its config.json, {min(wrong)} among them")
+        return model
 
+    @_no_bars()
     def save_pretrained(self, *args, **kwargs):
-        with _no_bars():
-            super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         # a private hook of transformers, whose minor version is pinned: its own caches know nothing of our states
@@ -191,6 +208,8 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
                 shape = [len(input_ids), seen + input_ids.shape[1]]
                 raise ValueError(f"attention_mask must be {shape}, past and new tokens, got {[*attention_mask.shape]}")
             if not attention_mask.all():
+                if any(getattr(state, "window", None) is not None for state in states or ()):
+                    check_unbroken("attention_mask", attention_mask)
                 keep = attention_mask[:, seen:].bool()
                 if position_ids is None:
                     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, seen:]
@@ -201,23 +220,15 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
             cache.states = states
         loss = None
         if labels is not None:
-            loss = self.model.loss(hidden, F.pad(labels[:, 1:], (0, 1), value=-100))
-            loss = loss + sum(layer.aux_loss + layer.z_loss for layer in stats)
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels must be {[*input_ids.shape]}, like input_ids, got {[*labels.shape]}")
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+            if keep is not None:  # padding says nothing and is not said
+                targets = targets.masked_fill(~(keep & keep.roll(-1, 1)), -100)
+            loss = self.model.loss(hidden, targets) + sum(layer.aux_loss + layer.z_loss for layer in stats)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model.logits(hidden[:, kept])
         return DslOutput(loss, logits, cache, router_stats=stats if output_router_stats else None)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars of transformers, for milliseconds of work: they fill logs and notebooks."""
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def _folder(source: str, step: int | None) -> Path | None:
@@ -266,11 +277,8 @@ def load(source: str | Path, step: int | None = None) -> tuple[DslForCausalLM, t
             config = AutoConfig.from_pretrained(place, **local)
             if not isinstance(config, DslConfig):
                 raise ValueError(f"its model_type is {config.model_type!r}, not 'dsl'")
-            part, options = "weights", {"output_loading_info": True, "ignore_mismatched_sizes": True, **local}
-            model, info = DslForCausalLM.from_pretrained(place, config=config, dtype=torch.float32, **options)
-            wrong = {*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])}
-            if wrong:
-                raise ValueError(f"{len(wrong)} do not fit its config.json, {min(wrong)} among them")
+            part, options = "weights", {"dtype": torch.float32, "ignore_mismatched_sizes": True, **local}
+            model = DslForCausalLM.from_pretrained(place, config=config, **options)
             part = "tokenizer"
             return model, transformers.AutoTokenizer.from_pretrained(place, **local)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

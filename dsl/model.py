@@ -4,8 +4,6 @@ A plain `nn.Module` that knows nothing of tokenizers, training or the Hugging Fa
 Shape letters: B batch, T time, D hidden size, V vocabulary, L MoE layers, E experts.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,7 +71,13 @@ class LanguageModel(nn.Module):
         [B, T] marks real tokens (None: all). Raises ValueError past max_position_embeddings in a model with
         softmax or latent layers, and where the state is of another model.
         """
-        start, T = self._start(tokens, state)
+        c, T = self.config, tokens.shape[1]
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"state must have one entry for each of {len(self.layers)} layers, got {len(state)}")
+        start = state[0].length if state else 0
+        if "full_attention" in c.layer_types and start + T > c.max_position_embeddings:
+            limit = f"max_position_embeddings={c.max_position_embeddings} in a model with softmax or latent layers"
+            raise ValueError(f"prompt and new tokens must fit {limit}, got {start + T} tokens")
         if positions is None:
             positions = torch.arange(start, start + T, device=tokens.device).expand_as(tokens)
         x, after, stats = self.embed_tokens(tokens), [], []
@@ -83,16 +87,6 @@ class LanguageModel(nn.Module):
             stats += [routing] if routing is not None else []
         return self.norm(x), after, stats
 
-    def _start(self, tokens: Tensor, state: list[State] | None) -> tuple[int, int]:
-        c, T = self.config, tokens.shape[1]
-        if state is not None and len(state) != len(self.layers):
-            raise ValueError(f"state must have one entry for each of {len(self.layers)} layers, got {len(state)}")
-        start = state[0].length if state else 0
-        if "full_attention" in c.layer_types and start + T > c.max_position_embeddings:
-            limit = f"max_position_embeddings={c.max_position_embeddings} in a model with softmax or latent layers"
-            raise ValueError(f"prompt and new tokens must fit {limit}, got {start + T} tokens")
-        return start, T
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
         return self.lm_head(hidden)
@@ -100,7 +94,7 @@ class LanguageModel(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of labels [B, T] (already shifted; -100: not counted), in fp32 or better.
 
-        "mean" never holds all logits: they are made, used and dropped 128 rows at a time. "none" gives [B, T].
+        "mean" and "sum" never hold all logits: they are made, used and dropped 128 rows at a time. "none" gives [B, T].
         """
         rows, labels_flat = hidden.flatten(0, -2), labels.flatten()
         with torch.autocast(hidden.device.type, enabled=False):
@@ -108,7 +102,7 @@ class LanguageModel(nn.Module):
             rows, weight = rows.to(dtype), self.lm_head.weight.to(dtype)
             if reduction == "none":
                 return F.cross_entropy(rows @ weight.mT, labels_flat, reduction="none").view_as(labels)
-            return F.linear_cross_entropy(rows, weight, labels_flat, options=_LOSS_CHUNKS)
+            return F.linear_cross_entropy(rows, weight, labels_flat, reduction=reduction, options=_LOSS_CHUNKS)
 
     @property
     def moe_blocks(self) -> list[MoE]:

@@ -6,8 +6,6 @@ updated from counts that the caller gives; everything measured is returned in `R
 Shape letters: B batch, T time, N = B T tokens, E experts, k experts per token, D hidden size, I inner width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -85,7 +83,7 @@ def expert_choice(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 def expert_capacity(tokens: int, num_experts: int, k: int, factor: float) -> int:
     """Assignments an expert takes from a sequence: ceil(factor * k * tokens / E) (Switch, 2101.03961, eq. 3)."""
-    return math.ceil(factor * k * tokens / num_experts)
+    return math.ceil(factor * k * tokens / num_experts * (1 - 1e-12))  # 1.1 * 2 * 200 / 8 is over 55
 
 
 def within_capacity(experts: Tensor, num_experts: int, capacity: int, keep: Tensor | None = None) -> Tensor:
@@ -109,7 +107,7 @@ def load_balancing_loss(scores: Tensor, experts: Tensor, scope: str = "batch", k
     scores [B, T, E], experts [B, T, k]. Sources: 2101.03961, eq. 4; 2412.19437, eqs. 17-20.
     """
     chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
-    share = scores / scores.sum(-1, keepdim=True)
+    share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     real = scores.new_ones(scores.shape[:2]) if keep is None else keep.to(scores.dtype)
     over = (0, 1) if scope == "batch" else (1,)
     tokens = real.sum(over).clamp_min(1)[..., None]
@@ -141,10 +139,8 @@ class TopKRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        if config.balance == "loss_free":
-            self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
-        else:
-            self.e_score_correction_bias = None
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.balance == "loss_free" else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> Routing:
         c = self.config
@@ -270,23 +266,16 @@ class MoE(nn.Module):
         on = c.balance == "aux_loss" and c.aux_loss_coef > 0
         aux = load_balancing_loss(routing.scores, routing.experts, c.aux_loss_scope, keep) if on else zero
         z = router_z_loss(routing.logits, keep) if c.router_z_loss_coef > 0 else zero
+        aux, z = c.aux_loss_coef * aux, c.router_z_loss_coef * z
         with torch.no_grad():
             real = torch.ones_like(routing.experts) if keep is None else keep[..., None].expand_as(routing.experts)
             real = real.to(torch.float32).flatten()
-            counts = torch.bincount(routing.experts.flatten(), real, c.num_experts)
+            counts = torch.bincount(routing.experts.flatten(), real, c.num_experts).to(torch.float32)
             lost = zero if kept is None else (real * ~kept.flatten()).sum() / real.sum().clamp_min(1)
             liked = (routing.scores.flatten(0, 1) * real.view(-1, routing.experts.shape[-1])[:, :1]).sum(0)
             liked = liked / liked.sum().clamp_min(1e-20)
             entropy = -torch.xlogy(liked, liked).sum()
-        return RoutingStats(
-            counts=counts.to(torch.float32),
-            dropped=lost,
-            entropy=entropy,
-            aux_loss=c.aux_loss_coef * aux,
-            z_loss=c.router_z_loss_coef * z,
-            experts=routing.experts,
-            weights=weights.detach(),
-        )
+        return RoutingStats(counts, lost, entropy, aux, z, routing.experts, weights.detach())
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor) -> None:

@@ -7,8 +7,6 @@ Shape letters: B batch, T time, H query heads, G key-value heads (G divides H), 
 head, K key width, V value width, N chunks, C chunk size. Between functions tensors are [B, T, heads, width].
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +64,7 @@ def linear_attention(
         if T:
             args = (_group(q, G), k.transpose(1, 2), v.transpose(1, 2), state)
             out, state = forms[form](*args, *([chunk_size] if form == "chunked" else []))
-            out = out.permute(0, 3, 1, 2, 4).reshape(B, T, H, -1)
+            out = out.permute(0, 3, 1, 2, 4).reshape(B, T, H, v.shape[-1])
         else:
             out = v.new_zeros(B, 0, H, v.shape[-1])
         if normalize:
@@ -115,7 +113,7 @@ def delta_rule(
     """The delta rule S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, a_t = exp(log_decay_t).
 
     q [B, T, H, K], k [B, T, G, K] (L2-normalised by the caller: stable for b |k|^2 in [0, 2]), v [B, T, G, V],
-    beta and log_decay (<= 0) [B, T, G]; no scale on q. `state` [B, G, K, V], fp32 or fp64.
+    beta and log_decay (<= 0; below -60 it is -60) [B, T, G]; no scale on q. `state` [B, G, K, V], fp32 or fp64.
     Returns (out [B, T, H, V] in the dtype of v, state). Raises ValueError on shapes, dtypes or a form that do not fit.
     Source: Yang et al. 2024 (2406.06484, WY form per chunk), gated: 2412.06464, eq. 10.
     """
@@ -126,12 +124,14 @@ def delta_rule(
         if x is not None and tuple(x.shape) != (B, T, G):
             raise ValueError(f"{name} must have shape [B, T, G] = {(B, T, G)}, got {tuple(x.shape)}")
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, beta = _at_least_fp32(q, k, v, beta)
-        decay = None if log_decay is None else log_decay.to(v.dtype).transpose(1, 2)
+        q, k, v = _at_least_fp32(q, k, v)
+        beta, decay = beta.to(v.dtype).transpose(1, 2), None
+        if log_decay is not None:  # e^-60 of a state is less than its last digit, and sums of more lose their own
+            decay = log_decay.to(v.dtype).clamp(min=-60).transpose(1, 2)
         state = _start(state, (B, G, K, V), v)
         if T == 0:
             return v.new_zeros(B, 0, H, V).to(out_dtype), state
-        args = (_group(q, G), k.transpose(1, 2), v.transpose(1, 2), beta.transpose(1, 2), decay, state)
+        args = (_group(q, G), k.transpose(1, 2), v.transpose(1, 2), beta, decay, state)
         out, state = forms[form](*args, *([chunk_size] if form == "chunked" else []))
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, V).to(out_dtype), state
 

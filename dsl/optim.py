@@ -6,8 +6,6 @@ optimizer's state is keyed by parameter name, so it outlives a change in the ord
 Shape letters: E experts, N matrices of one shape, a rows and b columns of a matrix.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import defaultdict
@@ -33,15 +31,16 @@ def learning_rate(train, step: int) -> float:
         if step < rise:
             return _cosine(top / 25, top, step / rise)
         return _cosine(top, top / 25 / 1e4, (step - rise) / (end - 1 - rise) if end - 1 > rise else 0.0)
+    step = min(step, end)
     if step < warmup:
         return top * (step + 1) / warmup
     low = top * train.min_lr_ratio
     if train.lr_scheduler_type == "cosine":
-        return _cosine(top, low, min(1.0, (step - warmup) / (end - warmup)))
+        return _cosine(top, low, (step - warmup) / (end - warmup))
     start = decay_start(train)
     if start is None or step <= start:
         return top
-    return top + (low - top) * min(1.0, (step - start) / (end - start))
+    return top + (low - top) * (step - start) / (end - start)
 
 
 def _cosine(start: float, end: float, share: float) -> float:
@@ -87,15 +86,12 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: torch.optim.Muon for many matrices at once, and for stacks of them [E, a, b].
 
     `rows[i]` are the row counts of the matrices that parameter i holds one below the other; each is a matrix of its
-    own. `adjust_lr_fn`: "original" scales by sqrt(max(1, a / b)), "match_rms_adamw" by 0.2 sqrt(max(a, b)).
+    own, and moves by sqrt(max(1, a / b)) times the rate.
     """
 
-    def __init__(self, params, rows, lr: float, weight_decay: float, momentum: float, adjust_lr_fn="original"):
+    def __init__(self, params, rows, lr: float, weight_decay: float, momentum: float):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        if adjust_lr_fn not in ("original", "match_rms_adamw"):
-            raise ValueError(f"adjust_lr_fn must be 'original' or 'match_rms_adamw', got {adjust_lr_fn!r}")
         self.rows = dict(zip(self.param_groups[0]["params"], rows, strict=True))
-        self.match_rms = adjust_lr_fn == "match_rms_adamw"
 
     @torch.no_grad()
     def step(self) -> None:
@@ -116,12 +112,11 @@ class Muon(torch.optim.Optimizer):
                 a, b = part.shape[-2:]
                 matrices[a, b] += zip(move.reshape(-1, a, b), part.reshape(-1, a, b), strict=True)
         for (a, b), pairs in matrices.items():
-            scale = 0.2 * max(a, b) ** 0.5 if self.match_rms else max(1, a / b) ** 0.5
             count = max(1, CHUNK.get(pairs[0][0].device.type, CHUNK["cpu"]) // (a * b))
             for first in range(0, len(pairs), count):
                 moves, weights = zip(*pairs[first : first + count], strict=True)
                 moves = orthogonalize(torch.stack(moves)).to(weights[0].dtype)
-                torch._foreach_add_(weights, moves.unbind(), alpha=-rate * scale)
+                torch._foreach_add_(weights, moves.unbind(), alpha=-rate * max(1, a / b) ** 0.5)
 
 
 def matrix_rows(model: nn.Module, name: str, weight: Tensor) -> list[int]:
@@ -190,22 +185,28 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """The moments by kind, name of the parameter and name of the tensor; no copies."""
-        states = {kind: one.state_dict()["state"] for kind, one in self.kinds.items()}
-        return {kind: {self._names(kind)[i]: one for i, one in state.items()} for kind, state in states.items()}
+        states = {kind: (one.state_dict()["state"], [*self._weights(kind)]) for kind, one in self.kinds.items()}
+        return {kind: {names[i]: one for i, one in state.items()} for kind, (state, names) in states.items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes copies; raises ValueError where the state is of other parameters or of another optimizer."""
         for kind, saved in state.items():
-            if unknown := sorted(set(saved).difference(self._names(kind))):
-                raise ValueError(f"the saved optimizer moves {unknown[0]} by {kind}, this one does not")
+            weights = self._weights(kind)
+            for name, moments in sorted(saved.items()):
+                if name not in weights:
+                    raise ValueError(f"the saved optimizer moves {name} by {kind}, this one does not")
+                shape = weights[name].shape
+                for moment in moments.values():
+                    if moment.ndim and moment.shape != shape:  # AdamW's count of steps is a scalar
+                        raise ValueError(f"moments of {name} must have shape {[*shape]}, got {[*moment.shape]}")
         for kind, one in self.kinds.items():
-            saved = {i: state[kind][name] for i, name in enumerate(self._names(kind)) if name in state.get(kind, {})}
+            saved = {i: state[kind][name] for i, name in enumerate(self._weights(kind)) if name in state.get(kind, {})}
             moments = {i: {key: value.clone() for key, value in saved[i].items()} for i in saved}
             one.load_state_dict({"state": moments, "param_groups": one.state_dict()["param_groups"]})
 
-    def _names(self, kind: str) -> list[str]:
+    def _weights(self, kind: str) -> dict[str, Tensor]:
         groups = self.kinds[kind].param_groups if kind in self.kinds else []
-        return [name for group in groups for name in group["param_names"]]
+        return {name: w for group in groups for name, w in zip(group["param_names"], group["params"], strict=True)}
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def precision(name: str = "auto", device: str | torch.device | None = None, init
     if not here.get(kind):
         raise ValueError(f"device must be one that torch finds here, got {str(device)!r}")
     bf16 = kind == "cpu" or (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    if (name == "bf16" and not bf16) or (name == "fp16" and kind == "mps"):
+    if name not in ("auto", "fp32", *["bf16"] * bf16, *["fp16"] * (kind != "mps")):
         raise ValueError(f"precision must be one that {device} computes in, got {name!r}: take auto or fp32")
     why = "as asked"
     if name == "auto" and kind == "cuda":

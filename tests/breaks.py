@@ -5,8 +5,6 @@ it and says which breaks went unseen; names of files choose some (`python tests/
 seconds a break.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -144,8 +142,8 @@ BREAKS = [
     Break(
         "generation",
         "ids that the tokenizer lacks are drawn",
-        "logits[:, len(tokenizer) :] = -math.inf",
-        "pass",
+        "reading.logits[:, : len(tokenizer)].float()",
+        "reading.logits.float()",
         "test_generation tokenizer_lacks",
     ),
     Break(

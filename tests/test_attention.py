@@ -284,6 +284,19 @@ def test_strongly_negative_activations_stay_finite():
         assert y.isfinite().all(), cls
 
 
+@pytest.mark.parametrize("name", [name for name, (cls, _) in MIXERS.items() if cls is attention.LinearMixer])
+def test_features_and_sums_of_16_bit_activations_stay_finite(name):
+    mixer = attention.LinearMixer(dataclasses.replace(SMALL, **MIXERS[name][1]))
+    with torch.autocast("cpu", torch.float16):
+        y, _ = mixer(torch.full((1, 70, 48), -1e3), None, torch.arange(70)[None], None)
+    assert y.dtype == torch.float16 and y.isfinite().all()
+
+
+def test_any_even_width_of_a_head_has_its_rotary_part():
+    sizes = [ModelConfig(hidden_size=4 * n, num_attention_heads=4, num_key_value_heads=2) for n in (2, 6, 8, 50)]
+    assert [config.qk_rope_head_dim for config in sizes] == [2, 2, 4, 24]
+
+
 def test_rotary_of_a_shift_keeps_the_scores():
     """What matters is the distance: shifting queries and keys together changes no score."""
     seeded()

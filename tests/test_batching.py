@@ -1,7 +1,5 @@
 """Sequences that are read together, joining and leaving at any time, against each one alone."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -52,6 +50,16 @@ def test_together_as_alone(stack):
         assert all(torch.equal(one.experts, other.experts) for one, other in zip(made, alone, strict=True))
         error = max(abs(one.probability - other.probability) for one, other in zip(made, alone, strict=True))
         assert error < 1e-6, error
+
+
+@torch.inference_mode()
+def test_rows_stay_in_the_order_that_is_asked_for():
+    batch = Batch(tiny.shell().model)
+    for length in (4, 7):
+        batch.join(tiny.tokens(1, length))
+    memory = batch.state[0].memory
+    batch.leave([1, 0])
+    assert batch.lengths == [7, 4] and torch.equal(batch.state[0].memory, memory.flip(0))
 
 
 def test_a_state_that_is_not_known_stays_alone():

@@ -97,7 +97,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_chosen():
     with torch.no_grad():
         model.model.lm_head.weight[257:] *= 50
         model.model.lm_head.weight[257:280] *= -1
-    for how in ({"temperature": 0}, {"temperature": 3.0}):
+    for how in ({"temperature": 0}, {"temperature": 3.0}, {"temperature": 1e300}):
         said = list(generate(model, TOKENIZER, PROMPT, max_new_tokens=40, **how))
         assert max(token.id for token in said) < 257
         assert max(i for token in said for i, _, _ in token.runners_up) < 257
@@ -115,6 +115,8 @@ def test_a_text_ends_at_eos_which_is_its_last_token():
     with torch.no_grad():  # all logits are zero, so that the first token, the tokenizer's own eos, is the likeliest
         model.model.norm.weight.zero_()
     assert [token.id for token in generate(model, ENDING, PROMPT, temperature=0)] == [0]
+    model.generation_config.eos_token_id = 0
+    assert ids_of(model, temperature=0) == [0]
     assert complete(model, ENDING, PROMPT, temperature=0) == ""
 
 

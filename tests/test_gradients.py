@@ -34,6 +34,7 @@ def batch(rows, padded):
     if padded:
         for row, kept in enumerate(torch.randint(1, 25, (rows,)).tolist()):
             labels[row, kept:] = -100
+        labels[0] = -100
     return tokens, labels
 
 

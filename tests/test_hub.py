@@ -28,7 +28,7 @@ def model(request):
     return shell(**STACKS[request.param])
 
 
-@pytest.fixture(params=["elu", "elu and softmax", "delta and latent"])
+@pytest.fixture(params=["elu", "softmax", "elu and softmax", "delta and latent"])
 def exact(request):
     """Every kind of state in fp64, where rounding flips neither a router's choice nor a greedy one."""
     seeded()
@@ -114,6 +114,12 @@ def test_saved_and_opened_again_it_is_bit_equal(model, tmp_path):
         assert set(file.keys()) | {"model.lm_head.weight"} == set(model.state_dict())
 
 
+def test_weights_that_no_file_has_are_refused(tmp_path):
+    shell(balance="none").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"3 weights do not fit its config.json, .*e_score_correction_bias among them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, balance="loss_free")
+
+
 def test_router_bias_stays_in_fp32(tmp_path):
     seeded()
     model, name = shell(), "model.layers.0.mlp.router.e_score_correction_bias"
@@ -144,6 +150,16 @@ def test_loss_is_cross_entropy_and_what_the_routers_add():
     assert routers > 0.5 and model(ids).router_stats is None
     out.loss.backward()
     assert model.model.layers[0].mlp.router.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_in_no_loss(exact, side):
+    ids, pad = tokens(1, 8), (3, 0) if side == "left" else (0, 3)
+    mask = F.pad(torch.ones_like(ids), pad)
+    assert_close(
+        "loss", exact(F.pad(ids, pad), attention_mask=mask, labels=F.pad(ids, pad)).loss, exact(ids, labels=ids).loss
+    )
 
 
 @torch.no_grad()
@@ -193,6 +209,18 @@ def test_left_padded_batch_equals_single_prompts(exact):
 
 
 @torch.no_grad()
+def test_padding_before_later_tokens_is_skipped_or_refused(exact):
+    ids, mask = tokens(1, 9), torch.tensor([[1] * 5 + [0] * 3 + [1]])
+    cache = exact(ids[:, :8], attention_mask=mask[:, :8]).past_key_values
+    if "linear_attention" in exact.config.layer_types:
+        with pytest.raises(ValueError, match=r"attention_mask must mark one unbroken .* got a gap in rows \[0\]"):
+            exact(ids[:, 8:], attention_mask=mask, past_key_values=cache)
+    else:
+        got = exact(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+        assert_close("logits", got, exact(ids[mask.bool()][None]).logits[:, -1:], 1e-10)
+
+
+@torch.no_grad()
 def test_positions_count_real_tokens_only():
     model, seen = shell(layer_types=["full_attention"]), []
     model.model.layers[0].mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2].tolist()))
@@ -227,6 +255,8 @@ def test_what_a_state_cannot_do_is_refused():
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"attention_mask must be \[1, 6\].* got \[1, 4\]"):
         model(ids, attention_mask=ids[:, :4])
+    with pytest.raises(ValueError, match=r"labels must be \[1, 6\], like input_ids, got \[1, 4\]"):
+        model(ids, labels=ids[:, :4])
     with pytest.raises(TypeError, match="does not take inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(1, 6, 48))
     with pytest.raises(ValueError, match="DslForCausalLM does not support"):
@@ -294,7 +324,7 @@ def change(folder, **changes):
         (lambda at: change(at / "bare", model_type="gpt2"), "bare", "config of .*bare: its model_type is 'gpt2', not"),
         (lambda at: change(at / "bare", num_expert=2), "bare", r"unknown setting 'num_expert', did you mean 'num_exp"),
         (lambda at: (at / "bare/config.json").write_text("{"), "bare", "config of .*bare: .*not a valid JSON"),
-        (lambda at: change(at / "bare", moe_layers=[0]), "bare", "weights of .*bare: 6 do not fit its config.json"),
+        (lambda at: change(at / "bare", moe_layers=[0]), "bare", "weights of .*bare: 6 weights do not fit its"),
         (lambda at: change(at / "bare", hidden_size=96), "bare", "weights of .*bare: .* do not fit its config.json"),
         (lambda at: os.truncate(at / "bare/model.safetensors", 5000), "bare", "cannot load the weights of .*bare: "),
         (lambda at: (at / "bare/model.safetensors").unlink(), "bare", "weights of .*bare: .*no file named model.safe"),

@@ -77,6 +77,7 @@ def test_loss_forms_agree_and_skip_ignored_labels(stack):
     each = model.loss(hidden, labels, reduction="none")
     assert each.shape == labels.shape and (each[0, 5:] == 0).all()
     torch.testing.assert_close(model.loss(hidden, labels), each.sum() / (labels != -100).sum())
+    torch.testing.assert_close(model.loss(hidden, labels, reduction="sum"), each.sum())
 
 
 @torch.no_grad()

@@ -239,6 +239,7 @@ def test_forced_overflow_is_counted_and_leaves_the_residual():
 def test_capacity_formula():
     assert expert_capacity(512, 8, 2, 1.25) == 160
     assert expert_capacity(10, 8, 1, 1.0) == 2  # rounded up
+    assert expert_capacity(200, 8, 2, 1.1) == 55  # though 1.1 * 2 * 200 / 8 is 55.00000000000001
     experts = torch.tensor([[[0, 1], [0, 2], [0, 1]]])
     assert within_capacity(experts, 3, 2).tolist() == [[[True, True], [True, True], [False, True]]]
     keep = torch.tensor([[False, True, True]])
@@ -341,6 +342,12 @@ def test_balancing_loss_constants():
     assert_close("k times ours", 2 * ours, theirs)
 
 
+def test_scores_that_are_all_zero_leave_losses_and_weights_finite():
+    scores = torch.full((1, 3, 8), -200.0).sigmoid()
+    experts, weights = choose_experts(scores, 2)
+    assert not scores.any() and not weights.any() and load_balancing_loss(scores, experts) == 0
+
+
 def test_scope_of_the_balancing_loss():
     """Two sequences that use two experts each: uneven within a sequence, even over the batch."""
     scores = torch.zeros(2, 6, 4)
@@ -430,6 +437,7 @@ def test_expert_choice_is_perfectly_balanced():
         ({"balance": "lossless"}, ["balance", "loss_free", "lossless"]),
         ({"router_score": "tanh"}, ["router_score", "sigmoid", "tanh"]),
         ({"router": "nobody"}, ["router", "top_k", "nobody"]),
+        ({"router": ":Nobody"}, ["router", "top_k", ":Nobody"]),
         ({"router": "dsl.moe:Nobody"}, ["router", "Nobody"]),
     ],
     ids=str,

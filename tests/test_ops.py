@@ -210,6 +210,18 @@ def test_no_time_steps_give_an_empty_result_and_keep_the_state():
         assert out.shape == (2, 0, 4, 5) and torch.equal(after, state)
     out, after = ops.delta_rule(none["q"], none["unit"], none["v"], none["beta"], log_decay=none["log_decay"])
     assert out.shape == (2, 0, 4, 5) and not after.any()
+    assert ops.linear_attention(x["q"][:0], x["k"][:0], x["v"][:0])[0].shape == (0, 3, 4, 5)
+
+
+def test_a_step_may_forget_all_and_strengths_have_any_dtype():
+    x = {name: value.detach() for name, value in draw(70, torch.float32).items()}
+    x["log_decay"][:, ::8] = -torch.inf
+    inputs = [x[name] for name in ("q", "unit", "v", "beta", "log_decay")]
+    slow = reference.delta_rule(*(t.double() for t in inputs))
+    *inputs, decay = inputs
+    inputs[-1] = inputs[-1].double()
+    for form in DELTA_FORMS:
+        assert_close(form, ops.delta_rule(*inputs, log_decay=decay, form=form)[0], slow, 5e-5)
 
 
 @pytest.mark.parametrize(
