@@ -3,8 +3,6 @@
 Knows a run's settings and figures; nothing of tensors or files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import yaml

@@ -248,18 +248,18 @@ def _explained(error: BaseException, run_dir: Path, need: int) -> CheckpointErro
     return None
 
 
-def rotate(run_dir: str | Path, keep: int | None, until: int | None = None, saved: int | None = None) -> None:
+def rotate(run_dir: Path, keep: int | None, until: int | None = None, saved: int | None = None) -> None:
     """Deletes good steps but the newest `keep` (None: all), the best, the one just saved, and the newest up to `until`,
     which a longer schedule goes back to; renews index.json. Bad steps are neither counted nor touched.
     """
-    run_dir, now = Path(run_dir), index(run_dir)
+    now = index(run_dir)
     early = [name for name in now["steps"] if until is not None and int(name.removeprefix("step-")) <= until]
     kept = {*list(now["steps"])[-(keep or 0) :], now["best"], *early[-1:]}
     kept |= {step_dir(run_dir, saved).name} if saved is not None else set()
     for name in set(now["steps"]) - kept:
         grave = run_dir / f".{name}.tmp-{os.getpid()}"
         _do((run_dir / name).rename, grave)
-        _do(shutil.rmtree, grave)
+        _do(os.unlink if grave.is_symlink() else shutil.rmtree, grave)  # a link: to a step that is kept elsewhere
         del now["steps"][name]
     with suppress(OSError):  # only a hint
         hint = run_dir / ".index.json.tmp"
@@ -285,7 +285,7 @@ def _clean(run_dir: Path, pid: int | None = None) -> None:
         if kind == "old" and not (run_dir / name).exists():
             _do(path.rename, run_dir / name)
         else:
-            _do(shutil.rmtree, path)
+            _do(os.unlink if path.is_symlink() else shutil.rmtree, path)
 
 
 class Lock:

@@ -3,8 +3,6 @@
 Gives text, never tokens; knows nothing of models or of a run's place in the data, which `dsl.data` keeps.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -38,6 +36,7 @@ PYDOCS_PROMPTS = (
 TEXT = (".txt", ".md", ".rst", ".py")
 _END = 1 << 20  # bytes at either end of a file that name its content
 _CUT = 8_000  # characters: a text file becomes documents of about this size
+_ARTICLE = re.compile(r"(?m)^(?= = [^=\n]+ = $)")  # begins with a heading of the first level
 
 
 class Corpus:
@@ -109,7 +108,7 @@ def cached(
     """What a cache file holds, else what is made now and kept there: written whole or not at all, by many at once."""
     path = cache_dir() / name
     if path.exists():
-        with path.open("rb") as file:
+        with contextlib.suppress(ValueError, EOFError), path.open("rb") as file:  # one that a power cut has spoilt
             return load(file)
     value = make()
     temporary = path.with_name(f"{name}.{os.getpid()}.tmp")
@@ -189,24 +188,27 @@ class MemoryCorpus(Corpus):
 class TableCorpus(Corpus):
     """Rows of tables, a document each; which are held out follows from the hash of their text.
 
-    Joined rows (`join`, for wikitext) are cut at the borders of blocks too, `data.block_size` rows: an article across
-    one becomes two documents, of which one may be held out and the other trained on.
+    With `join` rows are lines, as wikitext's are, and documents its articles.
     """
 
     tokenizer = "gpt2"
 
     def __init__(self, name: str, files: list[File], column: str, data: DataConfig, join: bool = False):
-        self.name, self._data, self._join = name, data, join
-        self._tables = Tables(name, files, column, data)
+        self.name, self._data, self._column, self._join = name, data, column, join
+        self._tables = Tables(name, files, column, data, (lambda row: _ARTICLE.match(row or "")) if join else None)
         self.shards = len(self._tables.files)
         shards = [(file.name, file.size, file.content) for file in files]
-        self.fingerprint = digest(name, shards, column, data.held_out, data.fraction, data.block_size)
+        how = ["whole articles"] if join else []
+        self.fingerprint = digest(name, shards, column, data.held_out, data.fraction, data.block_size, *how)
 
     def _documents(self, shard: int, row: int) -> tuple[list[tuple[str, bool]], int] | None:
         rows = self._tables.block(shard, row)
         texts = [text for text in rows if isinstance(text, str)]
-        if self._join:  # wikitext's rows are lines; a heading of the first level begins an article
-            texts = re.split(r"(?m)^(?= = [^=\n]+ = $)", "".join(texts))
+        other = {type(value).__name__ for value in rows if value is not None}
+        if other and not texts:
+            raise ValueError(f"column must hold text, got {', '.join(other)} in {self._column!r} of {self.name}")
+        if self._join:
+            texts = _ARTICLE.split("".join(texts))
         marked = [(text, _place(text) < self._data.held_out) for text in texts if text.strip()]
         return (marked, row + len(rows)) if rows else None
 
@@ -230,9 +232,8 @@ class TableCorpus(Corpus):
 
         kept = cached_json(f"held-out-{digest(self.fingerprint, size)}.json", read)
         if not kept:
-            raise ValueError(
-                f"held_out must be larger to hold out a document of {self.name}, got {self._data.held_out}"
-            )
+            rule = f"hold more text, or held_out be larger than {self._data.held_out}, to hold out a document"
+            raise ValueError(f"corpus must {rule}, got {self.name}")
         return kept
 
     def wait_by(self, wait: Callable[[float], Any]) -> None:
@@ -251,7 +252,7 @@ def _open_hub(data: DataConfig, repository: str, config: str | None, column: str
 def _open_local(data: DataConfig, path: Path) -> Corpus:
     found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if tables := [p for p in found if p.name.endswith(FORMATS)]:
-        files = [File(p.name, p.stat().st_size, _ends(p), functools.partial(_open_file, p)) for p in tables]
+        files = [File(p.name, p.stat().st_size, _ends(p), lambda retry, p=p: p.open("rb")) for p in tables]
         return TableCorpus(path.name, files, data.column, data)
     documents = {}
     for file in (p for p in found if p.suffix in TEXT or p == path):
@@ -259,7 +260,8 @@ def _open_local(data: DataConfig, path: Path) -> Corpus:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"corpus must be text in UTF-8, got {file}: {error}") from None
-        pieces = re.findall(rf"(?s)(?=.).{{0,{_CUT}}}.*?(?:\n\s*\n|\Z)", text)  # cut at empty lines
+        end = r"\n\s*\n" if re.search(r"\n\s*\n", text) else r"\n"  # cut at empty lines, where there are any
+        pieces = re.findall(rf"(?s)(?=.).{{0,{_CUT}}}.*?(?:{end}|\Z)", text)
         documents.update((piece, piece) for piece in pieces if piece.strip())
     if not documents:
         raise ValueError(f"corpus must hold files {', '.join(TEXT + FORMATS)}, got none in {path}")
@@ -275,10 +277,6 @@ def _ends(path: Path) -> str:
         first = file.read(_END)
         file.seek(max(0, path.stat().st_size - _END))
         return hashlib.sha256(first + file.read()).hexdigest()
-
-
-def _open_file(path: Path, retry: Any) -> BinaryIO:
-    return path.open("rb")
 
 
 def _open_pydocs(data: DataConfig) -> MemoryCorpus:

@@ -7,8 +7,6 @@ attention and state look across. No global random state is used or changed.
 Shape letters: N rows, T time (the length of a row).
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import logging

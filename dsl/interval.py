@@ -5,8 +5,6 @@ Sums stay on the device and are read once a row, so that watching costs no speed
 Shape letters: L MoE layers, E experts. A tally is a step's vector from `gradients`.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from contextlib import suppress

@@ -3,9 +3,8 @@
 Knows the model, the log and the clock; nothing of how a step is made or of what a checkpoint holds.
 """
 
-from __future__ import annotations
-
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -68,8 +67,7 @@ class Observer:
         last = step == train.max_steps
         with self.model.model.register_forward_pre_hook(interrupt.check):
             if last or step % train.eval_steps == 0:
-                # In fp32 whatever trains: comparable, and it cannot overflow.
-                measured = evaluation.bits_per_byte(self.model.model, *self.held_out)
+                measured = self._measure()
             if last or step % train.sample_steps == 0:
                 texts = self._sample()
         if measured is not None:
@@ -85,6 +83,18 @@ class Observer:
             self.log.generation(step, prompt, text)
         if texts:
             logger.info("step %d writes: %s", step, " ".join("".join(texts[-1]).split())[:160])
+
+    def _measure(self) -> float | None:
+        """Bits per byte, in fp32 whatever trains: comparable. None where the weights have grown beyond any figure."""
+        try:
+            bits = evaluation.bits_per_byte(self.model.model, *self.held_out)
+            problem = "" if math.isfinite(bits) else f"its loss is {bits}"
+        except ValueError as error:  # of a router that is given no finite numbers
+            problem = str(error)
+            self.model.train()
+        if problem:
+            logger.warning("held-out text cannot be measured: %s", problem)
+        return None if problem else bits
 
     def _seconds_left(self, step: int) -> float:
         (first, then), now = self.written[0], time.perf_counter()

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ class Interrupt:
             self.__exit__()
             signal.raise_signal(number)
         if not self.seen:  # straight to the descriptor: print and logging may be what was interrupted
-            os.write(2, b"interrupted: finishing the step, then saving (once more quits at once)\n")
+            with suppress(OSError):  # a terminal that has gone
+                os.write(2, b"interrupted: finishing the step, then saving (once more quits at once)\n")
             self.since = time.monotonic()
         self.seen.add(number)

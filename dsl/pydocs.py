@@ -5,8 +5,6 @@ the standard library, so that the file also serves as its own worker process (`p
 once, on any system, without a guard in the caller's main module.
 """
 
-from __future__ import annotations
-
 import ast
 import gc
 import hashlib

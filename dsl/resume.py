@@ -3,8 +3,6 @@
 Knows folders and settings; nothing of the loop.
 """
 
-from __future__ import annotations
-
 import base64
 import logging
 import random
@@ -19,11 +17,13 @@ from torch import Tensor
 
 from dsl import checkpoint, optim
 from dsl.checkpoint import CheckpointError
+from dsl.config import HINTS
 from dsl.settings import Run, TrainConfig
 
 logger = logging.getLogger(__name__)
 # Settings of a model that may change on the way: they are of its training, not of its function.
 TRAINING_ONLY = {"capacity_factor", "bias_update_speed", "aux_loss_coef", "aux_loss_scope", "router_z_loss_coef"}
+FIXED = {"tokenizer", *HINTS} - TRAINING_ONLY
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ def find_start(run: Run) -> Start:
         return Start()
     start = Start(path, checkpoint.read_trainer(path))
     before = Run.from_dict(start.state["settings"])
-    old = before.model.to_dict() | {"tokenizer": before.data.tokenizer} | before.train.model_dump()
-    new = run.model.to_dict() | {"tokenizer": run.data.tokenizer} | run.train.model_dump()
+    old, new = (each.model.to_dict() | each.data.model_dump() | each.train.model_dump() for each in (before, run))
     changed = {name: f"{old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name]}
-    fixed = [name for name in changed if name not in TRAINING_ONLY and name not in type(run.train).model_fields]
-    if fixed:
+    if fixed := [name for name in changed if name in FIXED]:
         what = ", ".join(f"{name} {changed[name]}" for name in fixed)
         raise CheckpointError(f"{path} is of another model ({what}): take another run_name, or the old settings")
     if changed:
@@ -85,13 +83,16 @@ def _lengthened(run: Run, before: Run, start: Start) -> Start:
         rate = optim.learning_rate(run.train, start.step)
         logger.info("max_steps is longer: on from step %d on the new %s curve, at lr %.2e", start.step, kind, rate)
         return start
-    # Newest first: a crash between two of these leaves what the next attempt needs to come to the same end.
-    for step in sorted(checkpoint.steps(run.run_dir), reverse=True):
-        if step > good[-1]:
-            logger.info("set aside as %s", checkpoint.set_aside(run.run_dir, step))
     path = checkpoint.step_dir(run.run_dir, good[-1])
     logger.info("max_steps is longer: back to step %d, the last before the learning rate fell", good[-1])
     return Start(path, checkpoint.read_trainer(path), back=True)
+
+
+def set_aside_later(run: Run, start: Start) -> None:
+    """Newest first: a crash between two of these leaves what the next attempt needs to come to the same end."""
+    for step in reversed(checkpoint.steps(run.run_dir)):
+        if step > start.step:
+            logger.info("set aside as %s", checkpoint.set_aside(run.run_dir, step))
 
 
 def end(train: TrainConfig) -> int:

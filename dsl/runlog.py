@@ -146,7 +146,7 @@ def _reopen(path: Path, header: tuple[str, ...], step: int, archive: bool):
     """Open a table to append after `step`; a table with another header is set aside under a new name."""
     old = []
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a row may end inside a character
             old = list(csv.reader(file))
     same = bool(old) and tuple(old[0]) == header
     # A row that a kill cut short has too few fields, or a step beyond any checkpoint.
@@ -184,10 +184,11 @@ class _Live(logging.Handler):
         text, terminal = self.format(record), getattr(sys.stderr, "_original_stdstream_copy", None)
         if self.cell:
             print(text, flush=True)
-        if terminal is not None:
-            os.write(terminal, (text + "\n").encode())
-        elif sys.__stderr__ is not None:
-            print(text, file=sys.__stderr__, flush=True)
+        with suppress(OSError):  # a terminal that has gone takes no run with it
+            if terminal is not None:
+                os.write(terminal, (text + "\n").encode())
+            elif sys.__stderr__ is not None:
+                print(text, file=sys.__stderr__, flush=True)
 
 
 def duration(seconds: float) -> str:

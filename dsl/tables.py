@@ -7,20 +7,21 @@ nowhere else: the clients' own retries would multiply with ours, and an attempt 
 on a bad line.
 """
 
-from __future__ import annotations
-
 import functools
 import gzip
 import io
 import itertools
 import json
 import logging
+import posixpath
 import random
 import re
+import zlib
 from collections.abc import Callable, Generator
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import tenacity
 from huggingface_hub import HfApi, close_session, constants, get_session, hf_hub_url
@@ -32,11 +33,10 @@ from dsl.schema import DataConfig, suggest
 log = logging.getLogger("dsl")
 FORMATS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _PART = 8 << 20  # bytes that are asked for at a time
-_FINAL = (RepositoryNotFoundError, RevisionNotFoundError)  # the hub's answer, not a fault
+_FINAL = (RepositoryNotFoundError, RevisionNotFoundError)  # to a name's first use, the hub's answer and not a fault
+_DAMAGED = (OSError, EOFError, zlib.error, pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError)
 _ROWS = 256  # that are decoded at a time
 _JITTER = random.Random()  # its own, so that a fault leaves a run's random state as it is
-
-
 Retry = Callable[..., Any]  # calls a function with arguments, as often as it takes
 
 
@@ -88,12 +88,14 @@ class HubFile(io.RawIOBase):
 
 def hub_files(repository: str, config: str | None, data: DataConfig) -> list[File]:
     """The training shards of a hub data set at today's revision: those of a configuration in its card, else the hub's
-    own conversion to parquet. Raises ValueError for what it does not have.
+    own conversion to parquet, else, without a card, those with "train" in their names. No `config` means "default", or
+    the first. Raises ValueError for what it does not have.
     """
     found, configs = _listing(repository, None, data)
     if config and configs and config not in configs:
         raise ValueError(f"data set {repository} has no configuration {config!r}{suggest(config, configs)}")
-    entry = configs.get(config or ("default" if "default" in configs else next(iter(configs), None)), {})
+    config = config or _first(configs)
+    entry = configs.get(config, {})
     listed = entry.get("data_files", [])
     if isinstance(listed, dict):
         listed = [{"split": split, "path": path} for split, path in listed.items()]
@@ -101,18 +103,32 @@ def hub_files(repository: str, config: str | None, data: DataConfig) -> list[Fil
     for item in [listed] if isinstance(listed, str) else listed:
         paths = item["path"] if isinstance(item, dict) and item.get("split") == "train" else item
         patterns += [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []
-    files = [file for file in found if any(fnmatch(file.name, p.replace("**/", "*")) for p in patterns)]
-    if not any(file.name.endswith(FORMATS) for file in files):
-        found, _ = _listing(repository, "refs/convert/parquet", data)
-        train = re.compile((re.escape(config) if config else "[^/]+") + "/(partial-)?train/")
-        files = [file for file in found if train.match(file.name)]
-    if not (files := sorted(file for file in files if file.name.endswith(FORMATS))):
+    patterns = [posixpath.normpath(posixpath.join(entry.get("data_dir") or "", pattern)) for pattern in patterns]
+    files = [file for file in found if any(_matches(file.name, pattern) for pattern in patterns)]
+    if not files:
+        converted: dict[str, list[File]] = {}
+        for file in _listing(repository, "refs/convert/parquet", data)[0]:
+            if at := re.match("([^/]+)/(partial-)?train/", file.name):
+                converted.setdefault(at[1], []).append(file)
+        named = [file for file in found if not config and re.search("(^|[^a-z])train([^a-z]|$)", file.name)]
+        files = converted.get(config or _first(converted), named)
+    if not files:
         raise ValueError(f"data set {repository} has no training files in parquet or JSON for configuration {config!r}")
     return files
 
 
+def _first(names: dict[str, Any]) -> str | None:
+    return "default" if "default" in names else next(iter(names), None)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a card's pattern means a file: of its stars only two in a row reach into further folders."""
+    deep = "**" in pattern or name.count("/") == pattern.count("/")
+    return deep and fnmatch(name, pattern.replace("**/", "*"))
+
+
 def _listing(repository: str, revision: str | None, data: DataConfig) -> tuple[list[File], dict[str, dict]]:
-    """Every file of a data set, and the configurations of its card."""
+    """Every table of a data set, sorted by name, and the configurations of its card."""
     ask = functools.partial(HfApi().dataset_info, revision=revision, files_metadata=True, timeout=10)
     try:
         info = retrying(data, f"the list of files of {repository}", opening=True)(ask, repository)
@@ -123,7 +139,9 @@ def _listing(repository: str, revision: str | None, data: DataConfig) -> tuple[l
             f"corpus must name a data set on the hub, got {repository!r}: not there, or `hf auth login` is needed"
         ) from error
     files = []
-    for each in info.siblings:
+    for each in sorted(info.siblings, key=lambda each: each.rfilename):
+        if not each.rfilename.endswith(FORMATS):
+            continue
         url = hf_hub_url(repository, each.rfilename, repo_type="dataset", revision=info.sha)
         # a large file's blob is the pointer to it, which holds its sha256
         files.append(File(each.rfilename, each.size, each.blob_id, functools.partial(HubFile, url, each.size)))
@@ -145,7 +163,7 @@ def retrying(data: DataConfig, what: str, *, opening: bool = False) -> tenacity.
     def wait(state: tenacity.RetryCallState) -> float:
         response = getattr(state.outcome.exception(), "response", None)
         asked = response.headers.get("Retry-After", "") if response is not None else ""
-        grown = data.retry_first_wait * 2 ** (state.attempt_number - 1) * _JITTER.uniform(1, 2)
+        grown = data.retry_first_wait * 2.0 ** min(state.attempt_number - 1, 99) * _JITTER.uniform(1, 2)
         return min(max(grown, float(asked) if asked.isdigit() else 0.0), data.retry_longest_wait)
 
     def reason(state: tenacity.RetryCallState) -> str:
@@ -163,7 +181,9 @@ def retrying(data: DataConfig, what: str, *, opening: bool = False) -> tenacity.
             "tokenizer=gpt2 or bpe:SIZE"
         ) from state.outcome.exception()
 
-    retry = tenacity.retry_if_exception_type((OSError, HTTPError)) & tenacity.retry_if_not_exception_type(_FINAL)
+    retry = tenacity.retry_if_exception_type((OSError, HTTPError))
+    if opening:
+        retry &= tenacity.retry_if_not_exception_type(_FINAL)
     return tenacity.Retrying(stop=last, wait=wait, retry=retry, before_sleep=tell, retry_error_callback=give_up)
 
 
@@ -190,10 +210,18 @@ def _rows(file: File, retry: Retry, column: str, row: int, share: float) -> Gene
                     return
             return
         lines = io.BufferedReader(gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw, _PART)
-        records = json.load(lines) if lines.peek(1)[:1] == b"[" else map(json.loads, lines)
-        for record in itertools.islice(records, row, None):
-            _check_column(column, record, file)
-            yield [record[column]]
+        if lines.peek(1).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
+            records = iter(json.load(lines)[row:])
+        else:  # what comes before the row is read, and not parsed
+            records = map(json.loads, itertools.islice(filter(bytes.strip, lines), row, None))
+        for at, record in enumerate(records, row):
+            if not isinstance(record, dict):
+                raise ValueError(f"{file.name} must hold JSON objects, got {type(record).__name__} in row {at}")
+            if at == 0:
+                _check_column(column, record, file)
+            value = record.get(column)
+            # half of a surrogate pair is JSON, and no Unicode
+            yield [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value]
 
 
 def _check_column(column: str, known: Any, file: File) -> None:
@@ -204,13 +232,16 @@ def _check_column(column: str, known: Any, file: File) -> None:
 class Tables:
     """The column of shards, a block of `data.block_size` rows at a time; the first `data.fraction` of the shards.
 
-    Where that ends inside a shard, its first rows are meant (JSON shards are read whole).
+    Where that ends inside a shard, its first rows are meant (JSON shards are read whole). Where documents are of many
+    rows, `begins` knows the first of one by its value, and a block ends before one.
     """
 
     wait: Callable[[float], Any] = staticmethod(tenacity.nap.sleep)  # between two attempts; may raise to end them
 
-    def __init__(self, name: str, files: list[File], column: str, data: DataConfig):
-        share = data.fraction * len(files)
+    def __init__(
+        self, name: str, files: list[File], column: str, data: DataConfig, begins: Callable[[Any], Any] | None = None
+    ):
+        self._begins, share = begins, data.fraction * len(files)
         self.shares = [min(1.0, share - i) for i in range(len(files)) if share > i]
         self.files, self._name, self._column, self._data = files[: len(self.shares)], name, column, data
         self._at: tuple[int, int] | None = None  # where the open reader stands
@@ -224,12 +255,23 @@ class Tables:
             self._reader.close()
             self._ahead = []
             self._reader = _rows(self.files[shard], self._retry, self._column, row, self.shares[shard])
-        self._at = None  # an error leaves it so, and the next call opens the shard again
-        while len(self._ahead) < self._data.block_size and (more := next(self._reader, None)) is not None:
-            self._ahead += more
-        rows, self._ahead = self._ahead[: self._data.block_size], self._ahead[self._data.block_size :]
+        self._at, end = None, self._data.block_size  # an error leaves it so, and the next call opens the shard again
+        try:
+            self._read(end)
+            while self._begins and self._read(end + 1) and not self._begins(self._ahead[end]):
+                end += 1
+        except _DAMAGED as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise StreamError(f"cannot read {self._what}: {reason}. Mend the file, or take it away") from error
+        rows, self._ahead = self._ahead[:end], self._ahead[end:]
         self._at = (shard, row + len(rows))
         return rows
+
+    def _read(self, count: int) -> bool:
+        """Until so many rows are ahead; whether the shard has them."""
+        while len(self._ahead) < count and (more := next(self._reader, None)) is not None:
+            self._ahead += more
+        return len(self._ahead) >= count
 
     def _retry(self, function: Callable[..., Any], *given: Any) -> Any:
         return retrying(self._data, self._what).copy(sleep=self.wait)(function, *given)

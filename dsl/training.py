@@ -7,8 +7,6 @@ are is elsewhere.
 Shape letters: R rows of a step, T time.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import time
@@ -269,6 +267,8 @@ def train(run: Run, *, on_log: OnLog | None = None, progress: bool = True) -> Su
             with resume.threads(start, precision.device):
                 trainer = Trainer(run, log, precision, processes, start)
                 log.open_tables(sorted(run.model.moe_layers), start.step - bool(start.due), archive=start.back)
+                if start.back and processes.first:
+                    resume.set_aside_later(run, start)
                 record = {"corpus": trainer.corpus.fingerprint, "precision": precision.reason}
                 log.hparams(run.to_dict(), runlog.environment() | record | {"threads": torch.get_num_threads()})
                 _describe(run)

@@ -243,6 +243,15 @@ def test_rotation_counts_good_steps_only_and_never_deletes_the_one_just_saved(tm
     assert steps(tmp_path) == [2, 3, 5]
 
 
+def test_a_step_that_is_a_link_to_another_place_is_rotated_like_others(tmp_path, parts):
+    write(tmp_path / "run", 1, parts).rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "step-000001").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "run", 2, parts, keep=2)
+    assert steps(tmp_path / "run") == [1, 2]
+    write(tmp_path / "run", 3, parts, keep=1)
+    assert names(tmp_path / "run") == ["index.json", "step-000003"] and verify(tmp_path / "elsewhere") == []
+
+
 def test_a_change_after_saving_is_seen_by_rotation_in_the_same_process(tmp_path, parts):
     place = write(tmp_path, 1, parts)
     weights = bytearray((place / "model.safetensors").read_bytes())

@@ -1,7 +1,5 @@
 """Corpora: what becomes a document, what is held out, and one clear message for what is not there."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import subprocess
@@ -245,6 +243,43 @@ def test_wikitext_lines_become_articles(hub):
     assert len(articles) == 60 and set(articles) == expected
 
 
+@pytest.mark.parametrize("size", [1, 7, 16, 1000])
+def test_no_article_is_cut_at_the_border_of_a_block(hub, size):
+    expected = [f" = Title {i} = \n" + f" Line of {i} . \n" * (i % 23) for i in range(60)]
+    lines = [line for article in expected for line in ("", *article.splitlines(keepends=True))]
+    write_dataset(hub.folder, "Salesforce/wikitext", {"wikitext-103-raw-v1": [lines]}, rows_per_group=25)
+    corpus = open_corpus(settings("wikitext", held_out=0.1, block_size=size))
+    articles = training(corpus) + corpus.held_out_documents()
+    assert sorted(articles) == sorted(expected)
+    _, row = corpus.block(0, 0)
+    assert corpus.block(0, row) == open_corpus(settings("wikitext", held_out=0.1, block_size=size)).block(0, row)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"data_files": {"train": "a.jsonl", "test": "b.jsonl"}}, ["a.jsonl"]),
+        ({"data_files": [{"split": "train", "path": ["a.jsonl", "b.jsonl"]}]}, ["a.jsonl", "b.jsonl"]),
+        ({"data_files": "./a.jsonl"}, ["a.jsonl"]),
+        ({"data_files": "*.jsonl"}, ["a.jsonl", "b.jsonl"]),  # and none of a folder
+        ({"data_files": "**/*.jsonl"}, ["a.jsonl", "b.jsonl", "train/c.jsonl"]),
+        ({"data_dir": "train", "data_files": "*.jsonl"}, ["train/c.jsonl"]),
+        (None, ["train/c.jsonl"]),  # no card, and not converted
+    ],
+    ids=str,
+)
+def test_a_card_names_its_training_files_in_many_ways(hub, entry, expected):
+    folder = hub.folder / "some" / "body"
+    (folder / "train").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "train/c.jsonl"):
+        (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in numbered(9)))
+    (folder / "card.json").write_text(json.dumps({"configs": [entry]} if entry else {}))
+    assert [file.name for file in open_corpus(settings("hf:some/body"))._tables.files] == expected
+    if entry is None:
+        with pytest.raises(ValueError, match=r"no training files .* for configuration 'mine'"):
+            open_corpus(settings("hf:some/body:mine"))
+
+
 def test_a_data_set_without_a_card_is_read_as_the_hub_converted_it(hub):
     (hub.folder / "some" / "body").mkdir(parents=True)
     (hub.folder / "some" / "body" / "data.csv").write_text("text\nnot read\n")
@@ -254,8 +289,9 @@ def test_a_data_set_without_a_card_is_read_as_the_hub_converted_it(hub):
         pq.write_table(pa.table({"text": numbered(40, i)}), target / "0000.parquet")
         (target.parent / "test").mkdir()
         pq.write_table(pa.table({"text": ["wrong"]}), target.parent / "test" / "0000.parquet")
-    corpus = open_corpus(settings("hf:some/body:other", held_out=0.1))
-    assert sorted(training(corpus) + corpus.held_out_documents()) == sorted(numbered(40, 1))
+    for config, i in ((":other", 1), ("", 0)):
+        corpus = open_corpus(settings("hf:some/body" + config, held_out=0.1))
+        assert sorted(training(corpus) + corpus.held_out_documents()) == sorted(numbered(40, i))
 
 
 def test_held_out_documents_of_a_stream_are_read_once(hub):
@@ -314,6 +350,66 @@ def test_unusable_local_files_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("One paragraph only.")
     with pytest.raises(ValueError, match="must hold 2 documents or more, got 1"):
         open_corpus(settings(str(tmp_path)))
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"corpus must hold more text, or held_out be larger than 0\.01"):
+        open_corpus(settings(str(tmp_path))).held_out_documents()
+
+
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in numbered(50))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", LINES.replace("\n", "\n\n")),
+        ("a.jsonl", "\ufeff" + LINES.replace("\n", "\r\n")),
+        ("a.json", "\ufeff\n" + json.dumps([json.loads(line) for line in LINES.splitlines()])),
+        ("a.jsonl", LINES + '{"other": 1}\n{"text": null}\n{"text": 1}\n'),
+    ],
+    ids=["empty lines", "BOM and CRLF", "BOM and a list", "rows without text"],
+)
+def test_json_as_it_is_found(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    corpus = open_corpus(settings(str(tmp_path), held_out=0.1, block_size=16))
+    assert sorted(training(corpus) + corpus.held_out_documents()) == sorted(numbered(50))
+    assert corpus.block(0, 32) == open_corpus(settings(str(tmp_path), held_out=0.1, block_size=16)).block(0, 32)
+
+
+def test_half_of_a_surrogate_pair_is_read_as_a_question_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "cut \\ud83d {i} 😀"}}\n' for i in range(50)))
+    assert set(training(open_corpus(settings(str(tmp_path))))) <= {f"cut ? {i} 😀" for i in range(50)}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "error", "message"),
+    [
+        ("a.jsonl", (LINES + '{"text": "unfin').encode(), StreamError, r"a\.jsonl\), row 48: JSONDecodeError"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], StreamError, r"a\.jsonl\.gz\), row 0: EOFError"),
+        ("a.parquet", b"", StreamError, r"a\.parquet\), row 0: ArrowInvalid: .*Mend the file"),
+        ("a.json", b'["a text", "another"]', ValueError, r"a\.json must hold JSON objects, got str in row 0"),
+        ("a.jsonl", b'{"text": 1}\n' * 9, ValueError, "column must hold text, got int in 'text'"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, name, raw, error, message):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(error, match=message):
+        training(open_corpus(settings(str(tmp_path), block_size=16)))
+
+
+def test_a_text_of_lines_without_an_empty_one_is_cut_at_lines(tmp_path):
+    text = "".join(f"Sentence {i} of it.\n" for i in range(3000))
+    (tmp_path / "lines.txt").write_text(text)
+    corpus = open_corpus(settings(str(tmp_path), held_out=0.2))
+    pieces = training(corpus) + corpus.held_out_documents()
+    assert len(pieces) > 5 and sum(map(len, pieces)) == len(text)
+    assert all(piece.startswith("Sentence ") and piece.endswith("\n") for piece in pieces)
+
+
+def test_a_spoilt_cache_is_made_anew(tmp_path):
+    texts = open_corpus(DataConfig()).texts
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(b"")
+    assert open_corpus(DataConfig()).texts == texts and file.stat().st_size > 0
 
 
 def test_without_a_network_one_message_says_what_to_do(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Tokenizers lose nothing, packing loses nothing, and the stream goes on exactly where it stood."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

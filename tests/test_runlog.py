@@ -56,6 +56,14 @@ def test_resume_cuts_rows_beyond_the_checkpoint_and_torn_ones(tmp_path):
     assert not list(tmp_path.glob("*.old-*"))
 
 
+def test_a_row_that_ends_inside_a_character_is_cut(tmp_path):
+    write(tmp_path, [100])
+    with (tmp_path / "generations.csv").open("ab") as file:
+        file.write('200,p,"caf\u00e9'.encode()[:-1])
+    write(tmp_path, [200], step=100)
+    assert [row["step"] for row in rows(tmp_path / "generations.csv")] == ["100", "200"]
+
+
 def test_archive_keeps_the_rows_that_are_cut(tmp_path):
     write(tmp_path, [100, 200, 300])
     write(tmp_path, [], step=100, archive=True)
@@ -125,6 +133,16 @@ SCRIPT = "from dsl.runlog import *\nwith RunLog(None, live=in_notebook()): logge
 def test_a_terminal_shows_a_line_once():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "line 7\n")
+
+
+def test_a_terminal_that_has_gone_takes_no_run_with_it():
+    code = "import os, signal\nfrom dsl.processes import Interrupt\nwith Interrupt() as interrupt:\n "
+    code += "signal.raise_signal(signal.SIGTERM)\n print(interrupt.asked, flush=True)\n"
+    command = [sys.executable, "-c", f"{code}{SCRIPT}\nprint('and on')"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stderr.close()
+    with process:
+        assert process.stdout.read() == "True\nand on\n"
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """A bad line loses no document and doubles none; a dead one ends in a plain message; the end leaves nothing behind."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -21,6 +19,7 @@ from runs import assert_same, cache, home, make, train  # noqa: F401
 
 from dsl.data import StreamError, TokenStream, open_corpus, open_tokenizer
 from dsl.settings import DataConfig
+from dsl.tables import retrying
 
 ROOT = Path(__file__).parents[1]
 DATA = DataConfig(
@@ -187,6 +186,28 @@ def test_past_the_limit_the_message_says_what_to_do_and_the_state_is_where_it_wa
     hub.fault = lambda path, span: None
     assert torch.equal(torch.cat([first, stream.next(35)]), expected)
     assert torch.equal(open_stream(state).next(35), expected[5:])
+
+
+def test_a_data_set_that_is_taken_away_meanwhile_is_a_fault_like_others(hub, monkeypatch):
+    stream = open_stream()
+    with monkeypatch.context() as patch:
+        taken = lambda self, *_: self._reply(b"", 404, {"X-Error-Code": "RepoNotFound"})  # noqa: E731
+        patch.setattr("hub_emulator._Handler._send_file", taken)
+        with pytest.raises(StreamError, match=r"RepositoryNotFoundError.*attempts made: 6"):
+            stream.next(40)
+    assert torch.equal(stream.next(40), open_stream().next(40))
+
+
+def test_a_thousand_attempts_wait_no_longer_than_the_longest():
+    calls, data = [], DATA.model_copy(update={"retry_attempts": 1100, "retry_longest_wait": 0.0})
+
+    def fail():
+        calls.append(1)
+        raise OSError("gone")
+
+    with pytest.raises(StreamError, match="attempts made: 1100"):
+        retrying(data, "it")(fail)
+    assert len(calls) == 1100
 
 
 def test_waits_grow_with_jitter_up_to_the_longest(hub, monkeypatch):

@@ -192,6 +192,22 @@ def test_weights_that_are_not_finite_are_never_saved(monkeypatch):
     assert checkpoint.steps(make().run_dir) == [3, 4, 5]
 
 
+@pytest.mark.parametrize("broken", [math.nan, ValueError("router scores must be finite")], ids=["nan", "error"])
+def test_held_out_text_that_gives_no_figure_is_said_and_left_out(monkeypatch, caplog, broken):
+    def measure(model, *_):
+        model.eval()
+        if isinstance(broken, ValueError):
+            raise broken
+        return broken
+
+    train("whole")
+    monkeypatch.setattr(evaluation, "bits_per_byte", measure)
+    assert (train("run").status, train("run").bits_per_byte) == ("finished", None)
+    assert caplog.text.count("held-out text cannot be measured") == 2
+    weights = [tensors(make(name), 12) for name in ("whole", "run")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_fp16_skips_an_overflow_halves_its_scale_and_goes_on():
     summary = train(precision="fp16", logging_steps=1)
     first = table(make())[0]
@@ -376,7 +392,7 @@ def test_two_signals_quit_at_once(home):  # noqa: F811
     assert train(max_steps=2).status == "finished", "the lock is free"
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_field():
+def test_a_checkpoint_of_another_model_is_refused_by_field(caplog):
     train(stop_at_step=2)
     with pytest.raises(checkpoint.CheckpointError) as error:
         train(hidden_size=48, num_experts=8)
@@ -385,7 +401,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_field():
     assert "step-000002" in text and "run_name" in text and "max_steps" not in text
     with pytest.raises(checkpoint.CheckpointError, match=r"tokenizer 'bpe:300' -> 'bpe:290'"):
         train(tokenizer="bpe:290", vocab_size=300)
-    assert train(capacity_factor=2.0, bias_update_speed=0.1).status == "finished", "settings of training may change"
+    caplog.set_level(logging.INFO)
+    free = {"capacity_factor": 2.0, "bias_update_speed": 0.1, "held_out_bytes": 1000}
+    assert train(**free).status == "finished", "settings of training may change"
+    assert "bias_update_speed 0.01 -> 0.1, held_out_bytes 2000 -> 1000" in caplog.text
 
 
 def test_another_corpus_is_refused_unless_it_is_allowed(caplog):
@@ -489,6 +508,8 @@ def test_a_longer_wsd_goes_back_to_before_its_decay(caplog):
     train(**settings)
     run = make(**settings)
     assert checkpoint.steps(run.run_dir) == [6, 12], "the last one before the decay is kept from rotation"
+    with pytest.raises(ValueError, match="corpus must be that of the checkpoint"):  # nothing is touched yet
+        train(**settings, max_steps=20, held_out=0.5)
     summary = train(**settings, max_steps=20)
     assert (summary.status, summary.step) == ("finished", 20)
     assert "back to step 6, the last before the learning rate fell" in caplog.text
