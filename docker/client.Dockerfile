@@ -8,7 +8,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 GRADIO
 WORKDIR /app
 
 COPY requirements.txt ./
-RUN pip install --constraint requirements.txt gradio openai httpx pydantic pyyaml
+RUN pip install --constraint requirements.txt gradio openai pydantic pyyaml
 COPY pyproject.toml LICENSE README.md ./
 COPY dsl ./dsl
 RUN pip install --no-deps . && useradd --create-home --uid 1000 dsl

@@ -4,12 +4,9 @@ Results go to stdout, progress and errors to stderr; an error is one line, its e
 and 1 otherwise. What a command needs is loaded when it runs, so that a mistyped flag costs no torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib
-import importlib
 import json
 import os
 import re
@@ -22,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from dsl import settings
-from dsl.schema import FIELDS, SECTIONS, DataConfig, Sampling, Section, SettingsError, kinds, suggest
+from dsl.schema import FIELDS, SECTIONS, DataConfig, Sampling, Section, SettingsError, kinds, read_yaml, suggest
 from dsl.settings import PRESETS, Run
 
 EXAMPLES = {
@@ -139,19 +136,33 @@ def _print(result: Any, options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> int:
-    if options.config and options.preset:
+    if None not in (options.config, options.preset):
         raise SettingsError(f"give a PRESET or --config, not both, got {options.preset!r} and {options.config!r}")
-    run = Run.from_yaml(Path(options.config)) if options.config else settings.preset(options.preset or "quickstart")
+    chosen = "quickstart" if options.preset is None else options.preset
+    run = settings.preset(chosen) if options.config is None else Run.from_yaml(Path(options.config))
     run = run.override(run_name=options.run_name, mixer=options.mixer, **_given(options))
     if options.print_config:
         print(run.to_json() if options.json else run.to_yaml().rstrip())
         return 0
     from dsl import training
 
+    if options.config is not None:
+        _compare_threads(Path(options.config))
     summary = training.train(run)
     if os.environ.get("RANK", "0") == "0":
         _print(dataclasses.asdict(summary), options)
     return 130 if summary.status == "interrupted" else 0
+
+
+def _compare_threads(path: Path) -> None:
+    """Say where the recorded run had another number of threads: sums on a CPU depend on it, to the last bit."""
+    import torch
+
+    record, now = read_yaml(path.read_text("utf-8")).get("record"), torch.get_num_threads()
+    then = record.get("threads", now) if isinstance(record, dict) else now
+    if then != now and os.environ.get("RANK", "0") == "0":
+        how = f"OMP_NUM_THREADS={then} repeats that run to the bit"
+        print(f"{path.name} was made with {then} threads, this process has {now}: {how}", file=sys.stderr)
 
 
 def _prompt(options: argparse.Namespace) -> str:
@@ -176,7 +187,7 @@ def generate(options: argparse.Namespace) -> int:
     model, tokenizer = hub.load(options.checkpoint)
     samples = []
     for number in range(options.samples):
-        seed = None if how.seed is None else how.seed + number
+        seed = None if how.seed is None else (how.seed + number) % 2**63
         tokens, start = [], time.perf_counter()
         for token in generation.generate(model, tokenizer, prompt, **{**how.model_dump(), "seed": seed}):
             if not options.json:
@@ -263,14 +274,17 @@ def main(arguments: list[str] | None = None) -> int:
         top.error(f"unknown command {words[0]!r}{suggest(words[0], parsers)}")
     options, unknown = top.parse_known_args(words)
     if unknown:
-        known = parsers[words[0]]._option_string_actions
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        parsers[words[0]].error(f"unknown option {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+        parser = parsers.get(words[0], top)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, 1)
+        parser.error(f"unknown option {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
+    own = ("module", "mixer", "linear_attention_kind", "full_attention_kind", "router")
+    if any(getattr(options, name, None) for name in own) and "" not in sys.path:
+        sys.path.append("")  # a module of the user's own lies in the folder that they are in
     try:
         try:
-            if module := getattr(options, "module", None):
-                importlib.import_module(module)
-        except ImportError as error:
+            if (module := getattr(options, "module", None)) is not None:
+                __import__(module)
+        except (ImportError, ValueError) as error:
             raise SettingsError(f"--import {module} failed: {error}") from None
         code = options.run(options)
         sys.stdout.flush()

@@ -1,7 +1,5 @@
 """Where a server listens and who may come in: one rule for the REST API and for the page. Needs no torch."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import socket

@@ -5,8 +5,6 @@ Knows nothing of addresses, keys or the application; when its reader leaves, it 
 Shape letters, in words: `experts` is [MoE layer][k].
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

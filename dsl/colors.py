@@ -1,7 +1,5 @@
 """How text of a model looks in HTML: each expert in its colour, everything escaped. Needs no torch, no matplotlib."""
 
-from __future__ import annotations
-
 from html import escape
 
 # Okabe and Ito's colours, pale enough to read on: an expert keeps its colour

@@ -4,8 +4,6 @@ Each has a loop of its own, that of `generation`; only the model's calls are sha
 short one, and what they may cost is bounded: running and waiting requests, seconds. Knows nothing of HTTP.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading
@@ -65,6 +63,11 @@ class Engine(threading.Thread):
     def submit(self, job: Job) -> None:
         """Queue a request; raises Full."""
         with self.work:
+            if self.closed:
+                raise Full("the server is closing")
+            for left in [waiting for waiting in self.waiting if waiting.stop.is_set()]:
+                self.waiting.remove(left)
+                left.put(None)
             if len(self.waiting) + len(self.running) >= self.limits.running + self.limits.waiting:
                 raise Full("the server has no room for more requests")
             self.waiting.append(job)

@@ -7,8 +7,6 @@ tokens are made.
 Shape letters: L MoE layers, E experts.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

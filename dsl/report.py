@@ -3,8 +3,6 @@
 Knows models, corpora and folders; nothing of terminals or notebooks, which show what it returns.
 """
 
-from __future__ import annotations
-
 import csv
 import statistics
 import time

@@ -48,14 +48,26 @@ def suggest(name: Any, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice in one section, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:i]]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(text: str) -> Any:
     """Plain values from YAML or JSON (a part of it); SettingsError says where it breaks."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date, a number, a thousand brackets
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise SettingsError(f"not YAML or JSON{where}: {getattr(error, 'problem', error)}") from None
+        said = " ".join(str(getattr(error, "problem", error)).split())
+        raise SettingsError(f"not YAML or JSON{where}: {said}") from None
 
 
 def kinds(annotation: Any) -> set[Any]:
@@ -206,7 +218,11 @@ class Sampling(Section):
     seed: int | None = _of(None, "makes sampling repeatable; further samples count on", ge=0, lt=2**63)
 
 
-_fields = {f.name: (HINTS[f.name], _of(f.default, f.metadata["help"])) for f in dataclasses.fields(ModelConfig)}
+_most = {"num_hidden_layers": 10_000}  # a ModelConfig names the kind of each layer
+_fields = {
+    f.name: (HINTS[f.name], _of(f.default, f.metadata["help"], le=_most.get(f.name)))
+    for f in dataclasses.fields(ModelConfig)
+}
 ModelFields = create_model("ModelFields", __base__=Section, **_fields)
 SECTIONS = {"model": ModelFields, "data": DataConfig, "train": TrainConfig}
 # setting -> section: names are unique over the sections, so that a flat keyword says where it goes

@@ -4,8 +4,7 @@ Prompts, paths and keys are neither logged nor sent. The forms of requests and e
 in `engine`.
 """
 
-from __future__ import annotations
-
+import asyncio
 import hmac
 import logging
 import os
@@ -29,6 +28,7 @@ from dsl.wire import CompletionBody, GenerateBody, Generated, Problem, Refused, 
 
 logger = logging.getLogger(__name__)
 LIMITS = Limits()
+GRACE = 4  # seconds that running requests have after a signal
 
 
 class Guard:
@@ -125,13 +125,9 @@ def create_app(model, tokenizer, name: str, *, key: str | None = None, limits: L
         if body.model not in (None, name):
             raise Refused(404, f"the model {body.model!r:.80} does not exist, this server has {name!r}", "model")
         stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        answer = answers.Answer(engine, request, body.sampling(body.max_tokens), stops)
-        head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": name,
-        }
+        answer = answers.Answer(engine, request, body.sampling(body.max_tokens or 16), stops)
+        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "model": name}
+        head["created"] = int(time.time())
         before = body.prompt if body.echo else ""
         if body.stream:
             parts = answers.chunks(answer, body, before, head)
@@ -144,6 +140,14 @@ def create_app(model, tokenizer, name: str, *, key: str | None = None, limits: L
         return JSONResponse({**head, "choices": [choice], "usage": answer.usage})
 
     return app
+
+
+class Server(uvicorn.Server):
+    """One that tells running requests that it ends, before uvicorn cuts them off."""
+
+    async def shutdown(self, sockets=None) -> None:
+        asyncio.get_running_loop().call_later(GRACE, self.config.app.state.engine.close)
+        await super().shutdown(sockets)
 
 
 def name_of(source: str) -> str:
@@ -165,6 +169,6 @@ def serve(source: str, host: str, port: int, published: str | None = None) -> No
             torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         app = create_app(model, tokenizer, name_of(source), key=key)
         quiet = {"log_level": "warning", "server_header": False, "access_log": False}
-        config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=5, **quiet)
+        config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=GRACE + 3, **quiet)
         print(f"dsl: {name_of(source)} answers on http://{host}:{door.getsockname()[1]}", file=sys.stderr, flush=True)
-        uvicorn.Server(config).run(sockets=[door])
+        Server(config).run(sockets=[door])

@@ -118,7 +118,8 @@ class Run:
             return cls.from_dict(read_yaml(source))
         try:
             values = read_yaml(source.read_text(encoding="utf-8"))
-            return cls.from_dict({"name": source.stem, **values} if isinstance(values, dict) else values)
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem)
+            return cls.from_dict({"name": name, **values} if isinstance(values, dict) else values)
         except SettingsError as error:
             raise SettingsError(f"{source}: {problem}" for problem in error.problems) from None
         except (OSError, UnicodeDecodeError) as error:
@@ -234,14 +235,15 @@ def find_run(source: str | Path) -> Path | None:
 
 
 def _assigned(source: str) -> list[str]:
-    """Names that a cell assigns, if all it does is to assign literals."""
+    """Names that a cell assigns."""
     try:
         nodes = ast.parse(source).body
-        for node in nodes:
-            ast.literal_eval(node.value)
-        return [target.id for node in nodes for target in getattr(node, "targets", None) or [node.target]]
-    except (SyntaxError, ValueError, AttributeError, TypeError):
+    except (SyntaxError, ValueError):  # of a magic
         return []
+    nodes = [node for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
+    places = [place for node in nodes for place in getattr(node, "targets", None) or [node.target]]
+    parts = [part for place in places for part in ast.walk(place) if isinstance(part, ast.Name)]
+    return [part.id for part in parts if isinstance(part.ctx, ast.Store)]
 
 
 def _cells(namespace: Mapping[str, Any], anchor: str) -> tuple[list[str], list[str]]:

@@ -3,8 +3,6 @@
 Loads neither torch nor transformers, so the page may live in another container than the model.
 """
 
-from __future__ import annotations
-
 import hmac
 import os
 import sys
@@ -13,7 +11,6 @@ from collections.abc import Iterator
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-import httpx
 import openai
 
 from dsl import colors
@@ -29,14 +26,13 @@ def colored(pieces: list[tuple[str, list]], row: int, experts: int) -> str:
 
 def page(api: str, key: str | None = None) -> gr.Blocks:
     """The page over the server at `api`. Raises SettingsError where no server answers there."""
-    how = {"api_key": key or "none", "max_retries": 0, "timeout": httpx.Timeout(150.0)}
-    client = openai.OpenAI(base_url=f"{api.rstrip('/')}/v1", **how)
+    client = openai.OpenAI(base_url=f"{api.rstrip('/')}/v1", api_key=key or "none", max_retries=0, timeout=150.0)
     try:
         card = client.models.list().data[0]
-    except (openai.OpenAIError, IndexError, ValueError) as error:
+        extra = card.model_extra or {}
+    except (openai.OpenAIError, LookupError, ValueError, TypeError, AttributeError) as error:
         said = getattr(error, "message", None) or type(error).__name__
         raise SettingsError(f"api={api!r} must be a dsl server: {said}") from None
-    extra = card.model_extra or {}
     layers, experts = extra.get("moe_layers", []), extra.get("num_experts", 0)
 
     going: dict[str, object] = {}  # by browser session: the run that may go on (Gradio's own cancel shows an error)

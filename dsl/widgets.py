@@ -4,8 +4,6 @@ Where no browser listens (papermill, nbval, nbconvert) a control is a plain pict
 that would be watched prints its lines.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -3,8 +3,6 @@
 Knows nothing of models or of serving; FastAPI writes the OpenAPI document from these classes.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from fastapi import HTTPException
@@ -18,18 +16,19 @@ Text = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class Body(BaseModel):
-    """What both kinds of request share; a name that is not known is an error, so none is ignored in silence."""
+    """What both kinds of request share. An unknown name is an error, null the default, as OpenAI's clients send it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     prompt: str = Field(max_length=20_000, description="text to continue")
-    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest that sum to this")
+    temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the likeliest token")
+    top_p: float | None = Field(1.0, gt=0, le=1, description="sample from the likeliest that sum to this")
     top_k: int | None = Field(None, ge=1, le=2**31, description="sample from so many of the likeliest")
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="above 1: repeat less")
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="above 1: repeat less")
     seed: int | None = Field(None, ge=0, lt=2**63, description="makes sampling repeatable")
 
     def sampling(self, max_new_tokens: int) -> dict[str, Any]:
-        return {**self.model_dump(include=set(Body.model_fields)), "max_new_tokens": max_new_tokens}
+        given = self.model_dump(include=set(Body.model_fields), exclude_none=True)
+        return {**given, "max_new_tokens": max_new_tokens}
 
 
 class GenerateBody(Body):
@@ -38,18 +37,20 @@ class GenerateBody(Body):
 
 class CompletionBody(Body):
     model: str | None = Field(None, description="as /v1/models names it")
-    max_tokens: int = Field(16, ge=1, le=LONGEST, description="most new tokens")
-    stop: Text | list[Text] | None = Field(None, description="texts at which to end; they are left out")
-    stream: bool = False
+    max_tokens: int | None = Field(16, ge=1, le=LONGEST, description="most new tokens")
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
+        None, description="texts at which to end; they are left out"
+    )
+    stream: bool | None = False
     stream_options: dict[str, bool] | None = Field(None, description="include_usage")
     logprobs: int | None = Field(None, ge=0, le=5, description="so many of the likeliest beside each token")
     routing: bool = Field(False, description="ours: probability and experts [layer][k] of each token")
-    echo: bool = Field(False, description="begin with the prompt")
+    echo: bool | None = Field(False, description="begin with the prompt")
     user: str | None = Field(None, description="ignored")
-    n: int = Field(1, ge=1, le=1)
-    best_of: int = Field(1, ge=1, le=1)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    n: int | None = Field(1, ge=1, le=1)
+    best_of: int | None = Field(1, ge=1, le=1)
+    presence_penalty: float | None = Field(0.0, ge=0, le=0)
+    frequency_penalty: float | None = Field(0.0, ge=0, le=0)
 
 
 class Generated(BaseModel):

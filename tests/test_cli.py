@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,10 @@ def refused(capsys, *words: str) -> tuple[int, str]:
     ("words", "said"),
     [
         ("", "required: COMMAND"),
+        ("--json runs", "unknown option '--json'"),
+        ("train --config= tiny", "give a PRESET or --config, not both"),
+        ("train --config=", "cannot read .: Is a directory"),
+        ("generate --import ./mine.py", "--import ./mine.py failed: No module named './mine'"),
         ("trian", "unknown command 'trian', did you mean 'train'?"),
         ("train --max-stepz 5", "unknown option '--max-stepz', did you mean --max-steps?"),
         ("train --max-step 5", "unknown option '--max-step', did you mean --max-steps?"),
@@ -76,6 +81,13 @@ def test_python_m_dsl_ends_with_the_exit_code():
     done = subprocess.run([sys.executable, "-m", "dsl", "train", "tinny"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "dsl: error: unknown preset 'tinny', did you mean 'tiny'?\n"
+
+
+def test_the_installed_command_finds_a_module_that_lies_where_one_stands(tmp_path):
+    (tmp_path / "ours.py").touch()
+    command = [Path(sys.executable).with_name("dsl"), "generate", "--import", "ours", "--temperature", "hot"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.startswith("dsl: error: temperature must be"), done.stderr
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -181,8 +193,12 @@ def test_train_prints_its_summary_and_the_record_repeats_the_run(home, capsys):
     record = home / "logs/training/small/hparams.yaml"
     summary = result(capsys, "train", "--config", str(record))
     assert (summary["status"], summary["step"]) == ("complete", 8)
-    assert main(["train", "--config", str(record)]) == 0
-    assert "status: complete\nstep: 8\n" in capsys.readouterr().out
+    text = record.read_text()
+    for threads, said in ((torch.get_num_threads(), ""), (77, "hparams.yaml was made with 77 threads, this process")):
+        record.write_text(re.sub("threads: .*", f"threads: {threads}", text))
+        assert main(["train", "--config", str(record)]) == 0
+        out, err = capsys.readouterr()
+        assert "status: complete\nstep: 8\n" in out and err.startswith(said) and ("OMP" in err) == bool(said)
 
 
 def test_generate_from_prompt_file_and_stdin(home, capsys, monkeypatch):
@@ -204,6 +220,8 @@ def test_generate_samples_count_their_seeds(home, capsys):
     assert given["prompt"] == "state" and [s["seed"] for s in given["samples"]] == [5, 6]
     assert given["samples"][0]["text"] != given["samples"][1]["text"]
     assert result(capsys, *words, "--seed", "6")["samples"] == given["samples"][1:]
+    last = result(capsys, *words, "--seed", str(2**63 - 1), "--samples", "2")["samples"]
+    assert [s["seed"] for s in last] == [2**63 - 1, 0]
 
 
 @pytest.mark.parametrize(

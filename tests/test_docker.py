@@ -3,8 +3,6 @@
 `compose.schema.json` is the schema of github.com/compose-spec/compose-spec, Apache-2.0, unchanged.
 """
 
-from __future__ import annotations
-
 import copy
 import fnmatch
 import json

@@ -1,7 +1,5 @@
 """The playground without a browser: the very handlers that the buttons call, on tiny checkpoints."""
 
-from __future__ import annotations
-
 import threading
 import time
 

@@ -1,7 +1,6 @@
 """The REST API on a real server: with OpenAI's own client, with what is wrong, with many clients, and with fuzz."""
 
-from __future__ import annotations
-
+import asyncio
 import gc
 import json
 import socket
@@ -21,10 +20,10 @@ from servers import serving
 
 from dsl.address import listen
 from dsl.batching import Batch
-from dsl.engine import Limits
+from dsl.engine import Engine, Full, Job, Limits
 from dsl.generation import complete, generate
 from dsl.schema import SettingsError
-from dsl.serving import name_of, serve
+from dsl.serving import Server, name_of, serve
 
 PROMPT = "a state é"
 GREEDY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
@@ -89,6 +88,18 @@ def test_openai_client_whole_and_streamed(client, model, tokenizer):
     assert client.completions.create(**GREEDY, echo=True).choices[0].text == PROMPT + alone
 
 
+def test_null_is_the_default(client):
+    optional = ["stop", "temperature", "top_p", "seed", "stream", "stream_options", "logprobs", "echo", "user"]
+    optional += ["n", "best_of", "max_tokens", "presence_penalty", "frequency_penalty"]
+    given = dict.fromkeys(optional) | {"model": "tiny", "prompt": PROMPT, "extra_body": {"repetition_penalty": None}}
+    answer = client.completions.create(**given)
+    assert answer.usage.completion_tokens == 16
+    assert (
+        client.completions.create(**given | {"seed": 1}).choices
+        == client.completions.create(model="tiny", prompt=PROMPT, seed=1).choices
+    )
+
+
 def test_logprobs_and_routing(client, model, tokenizer):
     tokens = list(generate(model, tokenizer, PROMPT, max_new_tokens=4, temperature=0))
     extra = {"routing": True, "repetition_penalty": 1.0, "top_k": 5}
@@ -140,7 +151,6 @@ def test_health(http):
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**9}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
-        ({"max_tokens": None}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
@@ -150,6 +160,7 @@ def test_health(http):
         ({"prompt": "a" * 20_001}, "prompt"),
         ({"max_token": 5}, "max_token"),
         ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"n": 2}, "n"),
         ({"logprobs": 6}, "logprobs"),
         ({"model": "gpt-4"}, "model"),
@@ -294,6 +305,38 @@ def test_overload_is_said_and_passes(model, tokenizer, monkeypatch):
         assert all(a.headers["Retry-After"] == "2" for a in answers if a.status_code == 503)
         assert httpx.post(f"{url}/v1/completions", json=GREEDY).status_code == 200
         settled(url)
+
+
+def test_who_left_while_waiting_takes_no_room(model, tokenizer):
+    async def ask():
+        engine, left = Engine(model, tokenizer, Limits(running=0, waiting=1)), Job({}, 1)
+        engine.submit(left)
+        left.stop.set()
+        engine.submit(Job({}, 1))
+        assert await left.items.get() is None
+        with pytest.raises(Full, match="no room"):
+            engine.submit(Job({}, 1))
+        engine.close()
+        with pytest.raises(Full, match="closing"):
+            engine.submit(Job({}, 1))
+
+    asyncio.run(ask())
+
+
+def test_a_server_that_ends_says_so_to_those_it_cuts_short(model, tokenizer, monkeypatch):
+    slow = Slow(monkeypatch, 0.02)
+    monkeypatch.setattr("dsl.serving.GRACE", 0.1)
+    monkeypatch.setattr("servers.uvicorn.Server", Server)
+    body = {**GREEDY, "max_tokens": 4000}
+    with ThreadPoolExecutor(2) as pool:
+        with serving(model, tokenizer) as url:
+            ask = {"url": f"{url}/v1/completions", "timeout": 60}
+            asked = [pool.submit(httpx.post, **ask, json={**body, "stream": stream}) for stream in (False, True)]
+            while httpx.get(f"{url}/health").json()["running"] < 2 or slow.made < 3:
+                time.sleep(0.01)
+        whole, streamed = (future.result() for future in asked)
+    assert whole.status_code == 503 and "closing" in whole.json()["error"]["message"]
+    assert "closing" in streamed.text.split("data: ")[-2] and streamed.text.endswith("data: [DONE]\n\n")
 
 
 def until(url: str, status: int) -> httpx.Response:

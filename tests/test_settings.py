@@ -128,6 +128,7 @@ def test_text_becomes_what_it_means(field, given, want):
         ("layer_types", "[full_attention"),
         ("layer_types", "soft"),
         ("num_attention_heads", 5),
+        ("num_hidden_layers", 10**10),
         ("num_key_value_heads", 4),
         ("vocab_size", 300),
         ("hidden_size", "wide"),
@@ -244,13 +245,22 @@ def test_the_record_that_training_adds_is_skipped(tmp_path):
     assert Run.from_yaml(path) == preset("tiny")
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1", "3", "", "train: {max_steps: 0}", "preset: tinny", "\tx: 1"])
+BAD = ["a: [1", "- 1", "3", "", "train: {max_steps: 0}", "preset: tinny", "\tx: 1", "name: a\0"]
+BAD += ["name: 2026-99-99", "name: !!int x", "[" * 2000, "preset: tiny\npreset: hybrid", "train: {seed: 1, seed: 2}"]
+
+
+@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
 def test_a_bad_file_is_named(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError) as caught:
         Run.from_yaml(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_file_of_any_name_gives_a_name(tmp_path):
+    (tmp_path / "my file.yaml").write_text("preset: tiny")
+    assert Run.from_yaml(tmp_path / "my file.yaml").name == "my-file"
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
@@ -345,6 +355,11 @@ def test_a_mistake_that_was_mended_is_forgotten(notebook):
 
 def test_other_cells_are_no_parameters(notebook):
     assert notebook(CELL, "my_guess = 64\n", "x = [i for i in range(3)]\n")
+
+
+def test_a_cell_that_also_computes_is_a_parameters_cell(notebook):
+    cell = CELL.replace("max_steps = None", "max_steps, seed = 2 * 3, len('ab')\nprint('hi')")
+    assert notebook(cell) == preset("tiny", max_steps=6, seed=2)
 
 
 def test_parameter_errors_are_one_line(notebook):

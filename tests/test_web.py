@@ -1,14 +1,14 @@
 """The web page with Gradio's own client, over a real server: it knows the model by HTTP alone."""
 
-from __future__ import annotations
-
 import colorsys
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
 from html import unescape
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
 import pytest
@@ -95,6 +95,24 @@ def test_a_port_that_cannot_be_had_is_one_error(capsys):
 def test_no_server_is_one_sentence():
     with pytest.raises(SettingsError, match=r"api='http://127.0.0.1:1' must be a dsl server: Connection error"):
         web.page("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b'"x"', b"null", b'{"data": ["a"]}', b'{"data": []}'])
+def test_another_server_is_one_sentence(answer):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(SettingsError, match="must be a dsl server: "):
+            web.page(f"http://127.0.0.1:{server.server_port}")
 
 
 def test_the_page_needs_no_torch():
