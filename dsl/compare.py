@@ -4,8 +4,6 @@ Reads hparams.yaml and metrics.csv, also of a run that died or lost rows; loads 
 comparable is said in the `notes` of a row, never averaged away.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,21 +75,20 @@ def row(log_dir: Path) -> dict[str, Any]:
             notes.append(f"its cost is unknown: {error}")
     try:
         table = curve(log_dir)
-    except (FileNotFoundError, pd.errors.EmptyDataError):
+    except FileNotFoundError:
         table = pd.DataFrame()
     if len(table):
         last, step = table.iloc[-1], int(table.step.iloc[-1])
-        measured = table.dropna(subset=["held_out_bits_per_byte"])
-        best = measured.iloc[-1] if len(measured) else None
+        measured = table.set_index("step").held_out_bits_per_byte.dropna()
         found |= {"step": step, "tokens": int(last.tokens), "loss": last.loss, "cpu_seconds": last.cpu_seconds}
         found |= {"tokens_per_cpu_second": last.tokens / last.cpu_seconds if last.cpu_seconds else None}
-        found |= {"bits_per_byte": None if best is None else best.held_out_bits_per_byte}
+        found |= {"bits_per_byte": measured.iloc[-1] if len(measured) else None}
         complete = run is not None and step >= run.train.max_steps
         found["status"] = "complete" if complete else f"stopped at step {step}"
-        if best is None:
+        if measured.empty:
             notes.append("held-out text was never measured")
-        elif best.step < step:
-            notes.append(f"held-out text was last measured at step {int(best.step)}")
+        elif measured.index[-1] < step:
+            notes.append(f"held-out text was last measured at step {int(measured.index[-1])}")
         due = range(run.train.logging_steps, step + 1, run.train.logging_steps) if run else ()
         if missing := set(due) - set(table.step.astype(int)):
             notes.append(f"{len(missing)} rows are missing")

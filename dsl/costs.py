@@ -1,10 +1,8 @@
 """What attention costs on this machine: CPU-seconds and memory over length, in training and in decoding.
 
-Knows the forms and the mixers, nothing of models or training. Times are CPU-seconds, the least of
+Knows the forms and the mixers, nothing of training. Times are CPU-seconds, the least of
 several repetitions on one thread, so that a busy machine disturbs them least.
 """
-
-from __future__ import annotations
 
 import math
 import time
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsl import attention, ops
+from dsl import attention, evaluation, ops
 from dsl.config import ModelConfig
 
 
@@ -117,6 +115,4 @@ def crossover(lengths: list[int], slow: list[float], fast: list[float]) -> float
 def cache_bytes(number_bytes: float = 2, layers: int = 1, **sizes) -> float:
     """Bytes that `layers` attention layers of these ModelConfig sizes keep for each token."""
     c = ModelConfig(layer_types=("full_attention",), num_hidden_layers=1, moe_layers=(), **sizes)
-    latent = c.full_attention_kind == "latent"
-    per_token = c.kv_lora_rank + c.qk_rope_head_dim if latent else 2 * c.num_key_value_heads * c.head_dim
-    return layers * per_token * number_bytes
+    return layers * evaluation.cost(c).state_bytes_per_token / 4 * number_bytes  # counted in fp32

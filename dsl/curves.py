@@ -3,8 +3,6 @@
 Reads metrics.csv and generations.csv, also those of a run that died; never touches a model or a trainer.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from dsl.schema import TrainConfig
 def metrics(log_dir: Path) -> pd.DataFrame:
     """The rows of metrics.csv, complete ones only. Raises FileNotFoundError where a run has written none."""
     path = Path(log_dir) / "metrics.csv"
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         raise FileNotFoundError(f"no metrics.csv in {log_dir}: the run has not logged a step yet")
     return pd.read_csv(path).dropna(subset=["step", "loss"])
 
@@ -38,14 +36,14 @@ def training(
     `beside` is another run's table, whose loss is drawn too; fp16's scale stands beside the learning rate. The table
     has AdamW's rate; `train`, the run's settings, says whether Muon moves the matrices, and how fast.
     """
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
-    left.plot(table.step, table.loss, color=COLORS["loss"], label="training loss, nats per token")
+    figure, (left, held_out, middle, right) = plt.subplots(1, 4, figsize=(14, 3.2))
+    left.plot(table.step, table.loss, color=COLORS["loss"], label=title)
     if beside is not None:
-        left.plot(beside.step, beside.loss, ":", color=COLORS["law"], label="training loss of the run beside")
-    held_out = table.set_index("step").held_out_bits_per_byte.dropna()
-    left.plot(held_out, "o-", color=COLORS["held_out"], label="held-out, bits per byte")
-    left.set(xlabel="step", ylabel="nats per token, bits per byte")
-    left.legend()
+        left.plot(beside.step, beside.loss, ":", color=COLORS["law"], label="the run beside")
+        left.legend()
+    left.set(xlabel="step", ylabel="training loss, nats per token")
+    held_out.plot(table.set_index("step").held_out_bits_per_byte.dropna(), "o-", color=COLORS["held_out"])
+    held_out.set(xlabel="step", ylabel="held-out, bits per byte", xlim=left.get_xlim())
     middle.plot(table.step, table.lr, color=COLORS["other"], label="AdamW")
     middle.set(xlabel="step", ylabel="learning rate of AdamW")
     if train is not None and train.optimizer == "muon":
@@ -73,11 +71,9 @@ def training(
     return figure
 
 
-def expert_load(table: pd.DataFrame) -> plt.Figure | None:
+def expert_load(table: pd.DataFrame) -> plt.Figure:
     """Share of tokens of each expert over the steps, one heat map a layer; white is the even share."""
     layers = load(table)
-    if not layers:
-        return None
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(max(4.5, 3 * columns), 0.8 + 1.7 * rows), squeeze=False)
@@ -90,7 +86,7 @@ def expert_load(table: pd.DataFrame) -> plt.Figure | None:
         axis.set(title=f"layer {layer}", xlabel="step", ylabel="expert", yticks=range(experts))
     for axis in axes.flat[len(layers) :]:
         axis.remove()
-    figure.colorbar(image, ax=axes, label="share / even share", extend="max")
+    figure.colorbar(image, ax=figure.axes, label="share / even share", extend="max")
     return figure
 
 

@@ -6,8 +6,6 @@ Shape letters: N rows, B batch, T time, P pairs, L MoE layers, E experts, D hidd
 heads, K width of a head after the feature map, V width of a value, C chunk size.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -36,11 +34,11 @@ def _reading(model: nn.Module) -> Iterator[LanguageModel]:
     model.train(training)
 
 
-def bits_per_byte(model: nn.Module, rows: Tensor, n_bytes: int, *, batch: int = 8) -> float:
+def bits_per_byte(model: nn.Module, rows: Tensor, n_bytes: int) -> float:
     """Bits per byte of text: the summed loss of rows [N, T + 1] of token ids (or IGNORE) over their bytes."""
     nats = 0.0
     with _reading(model) as core:
-        for some in rows.split(batch):
+        for some in rows.split(8):
             tokens, labels = (t.to(core.embed_tokens.weight.device) for t in (some[:, :-1].clamp(min=0), some[:, 1:]))
             nats += core.loss(core(tokens)[0], labels).item() * int((labels != IGNORE).sum())
     return nats / math.log(2) / n_bytes
@@ -67,15 +65,14 @@ def load(counts: Tensor, entropy: Tensor | None = None, dropped: Tensor | None =
     return Load(share, share.amax(-1) * counts.shape[-1] - 1, (counts == 0).sum(-1), entropy, dropped)
 
 
-def routing_load(model: nn.Module, rows: Tensor, *, batch: int = 8) -> Load:
+def routing_load(model: nn.Module, rows: Tensor) -> Load:
     """The `Load` over token ids rows [N, T], in eval mode (dropless)."""
-    counts, entropy, parts = 0.0, 0.0, rows.split(batch)
+    counts = 0.0
     with _reading(model) as core:
-        for some in parts:
+        for some in rows.split(8):
             stats = core(some.to(core.embed_tokens.weight.device))[2]
             counts = counts + torch.stack([s.counts for s in stats]).double()
-            entropy = entropy + torch.stack([s.entropy for s in stats]).double() * len(some) / len(rows)
-    return load(counts, entropy)
+    return load(counts)
 
 
 def known_words(texts: Iterable[str], known: Iterable[str], least: int = 4) -> float:
@@ -94,11 +91,11 @@ def copies(text: str, source: str, length: int = 50) -> list[str]:
     return [text[s : s + length] for s in starts if text[s : s + length] in source]
 
 
-def mqar(batch: int, length: int, pairs: int, vocab_size: int, generator: torch.Generator, power: float = 0.01):
+def mqar(batch: int, length: int, pairs: int, vocab_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Multi-query associative recall: tokens and labels [B, T], the label standing at the second sight of a key.
 
     Keys from [1, V/2) and values from [V/2, V) stand in pairs, then each key once more at an even slot whose gap
-    follows p(g) ~ g^(power - 1); the rest is random. Source: Zoology (2312.04927), appendix on MQAR.
+    follows p(g) ~ g^-0.99; the rest is random. Source: Zoology (2312.04927), appendix on MQAR.
     """
     half, slots = vocab_size // 2, length // 2 - pairs
     if slots < pairs or half - 1 < pairs:
@@ -112,7 +109,7 @@ def mqar(batch: int, length: int, pairs: int, vocab_size: int, generator: torch.
     keys, values = draw(torch.ones(half - 1)) + 1, draw(torch.ones(vocab_size - half)) + half
     tokens = torch.randint(vocab_size, (batch, length), generator=generator)
     tokens[:, : 2 * pairs] = torch.stack([keys, values], -1).flatten(1)
-    places = 2 * pairs + 2 * draw(torch.arange(1, slots + 1).double() ** (power - 1))
+    places = 2 * pairs + 2 * draw(torch.arange(1, slots + 1).double() ** -0.99)
     labels = torch.full_like(tokens, IGNORE)
     return tokens.scatter(1, places, keys), labels.scatter(1, places, values)
 
@@ -160,9 +157,9 @@ class Cost:
         return self.state_bytes_fixed + context * self.state_bytes_per_token
 
     def __str__(self) -> str:
-        sizes = self.weight_bytes, self.weight_bytes, self.optimizer_bytes, self.activation_bytes
-        names = "weights", "gradients", "optimizer", "activations"
-        parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in zip(names, sizes, strict=True))
+        sizes = {"weights": self.weight_bytes, "gradients": self.weight_bytes}
+        sizes |= {"optimizer": self.optimizer_bytes, "activations": self.activation_bytes}
+        parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in sizes.items())
         return (
             f"{self.parameters / 1e6:.1f} M parameters, {self.active_parameters / 1e6:.1f} M active for a token; "
             f"{self.training_flops / 1e6:,.0f} MFLOPs a token in training; "
@@ -191,9 +188,8 @@ def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, opti
     idle = stacks - stacks * c.num_experts_per_tok // c.num_experts
     looked_up = 0 if c.tie_word_embeddings else model.embed_tokens.weight.numel()
     kinds = [c.kind(layer) for layer in range(c.num_hidden_layers)]
-    routed = 2 * c.moe_intermediate_size + c.hidden_size
-    if rows * T * c.num_experts_per_tok < moe.REMADE_FROM:
-        routed = 4 * c.moe_intermediate_size + 2 * c.hidden_size
+    remade = rows * T * c.num_experts_per_tok >= moe.REMADE_FROM
+    routed = (2 * c.moe_intermediate_size + c.hidden_size) * (1 if remade else 2)
     experts = c.num_experts_per_tok * routed + 4 * c.num_shared_experts * c.moe_intermediate_size
     dense = 4 * c.intermediate_size * (c.num_hidden_layers - len(c.moe_layers))
     kept = sum(KEPT.get(kind, 20) * c.hidden_size for kind in kinds) + dense + experts * len(c.moe_layers)

@@ -3,8 +3,6 @@
 Takes numbers and tables; never touches a model or a trainer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -128,11 +126,12 @@ def museum(caught: pd.DataFrame, losses: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def settling(table: pd.DataFrame, loads: Mapping[int, np.ndarray], settled: pd.DataFrame) -> plt.Figure:
+def settling(table: pd.DataFrame, loads: Mapping[int, np.ndarray], settled: pd.DataFrame, even: float) -> plt.Figure:
     """A training settles: load of every expert in each layer, entropy of the routers, saturation; over the steps.
 
     `table` is a run's metrics.csv and `loads` its shares by layer, [rows, experts]; `settled` has the steps of the
-    checkpoints as index and a column a layer: the share of the last checkpoint's choices that each made already.
+    checkpoints as index and a column a layer: the share of the last checkpoint's choices that each made already; `even`
+    is what choices at random would share, k / E.
     """
     figure, axes = plt.subplots(1, len(loads) + 2, figsize=(3.2 * len(loads) + 6.4, 3))
     for place, (axis, (layer, shares)) in enumerate(zip(axes, loads.items(), strict=False)):
@@ -147,6 +146,7 @@ def settling(table: pd.DataFrame, loads: Mapping[int, np.ndarray], settled: pd.D
     axes[-2].set(xlabel="step", ylabel=f"entropy, nats (max ln {count})", title="mean scores of the routers")
     shared = "choices shared with\nthe last checkpoint"
     axes[-1].set(xlabel="step of the checkpoint", ylabel=shared, ylim=(0, 1.02), title="saturation")
+    axes[-1].axhline(even, color=COLORS["law"], ls=":", lw=1.2, label="at random")
     axes[-1].legend()  # and of the panel beside it
     return figure
 
@@ -166,16 +166,17 @@ def kinds(names: Sequence[str], shares: np.ndarray, title: str = "") -> plt.Figu
     return figure
 
 
-def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int, per_row: int = 10) -> plt.Figure:
-    """One text's way through the layers, `per_row` tokens a row: each token's first expert in each layer [L, T]."""
-    layers, rows = len(experts), math.ceil(len(pieces) / per_row)
+def journey(pieces: Sequence[str], experts: np.ndarray, num_experts: int) -> plt.Figure:
+    """One text's way through the layers, ten tokens a row: each token's first expert in each layer [L, T], as many
+    experts at most as PALETTE has colours, which they have in texts too.
+    """
+    per_row, layers = 10, len(experts)
+    rows = math.ceil(len(pieces) / per_row)
     figure, axes = plt.subplots(rows, 1, figsize=(9, (0.34 * layers + 0.4) * rows), squeeze=False)
-    few = num_experts <= len(PALETTE)  # then an expert has the colour that it has in texts
-    shades = ListedColormap(PALETTE[:num_experts]) if few else plt.get_cmap("tab20", num_experts)
+    look = {"cmap": ListedColormap(PALETTE[:num_experts]), "vmin": -0.5, "vmax": num_experts - 0.5, "aspect": "auto"}
     for axis, start in zip(axes[:, 0], range(0, len(pieces), per_row), strict=True):
         part, some = pieces[start : start + per_row], experts[:, start : start + per_row]
-        look = {"cmap": shades, "vmin": -0.5, "vmax": num_experts - 0.5, "alpha": 1 if few else 0.7}
-        axis.imshow(some, aspect="auto", **look)
+        axis.imshow(some, **look)
         for (layer, step), expert in np.ndenumerate(some):
             axis.text(step, layer, int(expert), ha="center", va="center", fontsize=9)
         seen = [piece.replace("\n", "\\n").replace(" ", "\N{OPEN BOX}") for piece in part]

@@ -3,8 +3,6 @@
 Reads the small tables `04_*.csv` and the list `claims.yaml`; knows no model and no run on disk.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -43,14 +41,15 @@ def measures(runs: pd.DataFrame, curves: pd.DataFrame, analysis: pd.DataFrame, m
     """
     named = analysis.assign(name=analysis.measure + " " + analysis.key.astype(str))
     early = analysis[analysis.measure == "saturation"]
-    if len(early):
-        first = early.key.astype(int).groupby([early.config, early.seed]).transform("min") == early.key.astype(int)
-        named = pd.concat([named, early[first].assign(name="saturation first")])
+    step = early.key.astype(int)
+    first = early[step == step.groupby([early.config, early.seed]).transform("min")]
+    named = pd.concat([named, first.assign(name="saturation first")])
     wide = named.pivot_table(index=["config", "seed"], columns="name", values="value")
     maxvio = curves.groupby(["config", "seed"]).maxvio.apply(lambda x: x.tail(LAST).mean())
     table = runs.set_index(["config", "seed"]).join(wide).join(maxvio)
-    growth = table["state_bytes_131072"] - table["state_bytes_8192"]
-    table["state_bytes_per_token"] = growth / (131_072 - 8_192)
+    table["state_bytes_per_token"] = (table.state_bytes_131072 - table.state_bytes_8192) / (131_072 - 8_192)
+    if {"seen seen pair", "seen new token"} <= set(table):  # better or worse at copying than at everything else
+        table["recall gap"] = table["seen seen pair"] - table["seen new token"]
     if mqar is not None:
         same = mqar[mqar.lr == mqar.lr.min()].rename(columns={"kind": "config"})
         table = table.join(same.groupby(["config", "seed"])[same.columns[-1]].mean().rename("mqar"))

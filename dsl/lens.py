@@ -6,10 +6,9 @@ anybody's runs out as the study's tables are. Notebook 04 draws what is found.
 Shape letters: N rows, T time, L MoE layers, k experts of a token.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,11 +58,9 @@ def seen_before(rows: Tensor) -> np.ndarray:
     return found
 
 
-def token_share(tokens: Tensor, experts: Tensor, count: int) -> float:
+def token_share(tokens: Tensor, experts: Tensor) -> float:
     """How much of an expert's choice the token's identity decides: mutual information over the choice's entropy."""
-    ids = tokens.flatten().unique(return_inverse=True)[1]
-    joint = torch.bincount(ids * count + experts.flatten(), minlength=(int(ids.max()) + 1) * count).double()
-    joint = joint.view(-1, count) / joint.sum()
+    joint = torch.tensor(pd.crosstab(tokens.flatten().numpy(), experts.flatten().numpy(), normalize=True).to_numpy())
     entropy = torch.special.entr(joint.sum(0)).sum()
     mutual = entropy + torch.special.entr(joint.sum(1)).sum() - torch.special.entr(joint).sum()
     return float(mutual / entropy) if entropy > 0 else 0.0
@@ -117,7 +114,7 @@ def _positions(model: LanguageModel, run: Run, losses: Tensor, longer: Tensor) -
 
 def _experts(model: LanguageModel, run: Run, tokens: Tensor) -> Iterator[tuple]:
     """How the choices settled over the checkpoints, and what decides them in the last."""
-    last, count = routing.routes(model, tokens), run.model.num_experts
+    last = routing.routes(model, tokens)
     for step in checkpoint.steps(run.run_dir):
         then = hub.load(checkpoint.step_dir(run.run_dir, step))[0].model
         same = routing.saturation(routing.routes(then, tokens), last).tolist()
@@ -126,7 +123,7 @@ def _experts(model: LanguageModel, run: Run, tokens: Tensor) -> Iterator[tuple]:
     shuffled = tokens.flatten()[torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(0))]
     for layer, experts in zip(run.model.moe_layers, last[..., 0], strict=True):
         for key, of in {"token": tokens, "token before": tokens.roll(1, 1), "chance": shuffled}.items():
-            yield "specialisation", layer, key, tokens.numel(), token_share(of, experts, count)
+            yield "specialisation", layer, key, tokens.numel(), token_share(of, experts)
 
 
 def of_runs(names: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[str]]:
@@ -139,7 +136,7 @@ def of_runs(names: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[
     curves, found = [], []
     for place in places:
         about = {"config": place.name, "seed": 0}
-        if (place / "metrics.csv").exists():
+        with suppress(FileNotFoundError):
             curves.append(compare.curve(place).dropna(subset=["held_out_bits_per_byte"]).assign(**about))
         try:
             newest, made = checkpoint.newest(settings.find_run(place.name) or place)[0], analysis(place)

@@ -5,8 +5,6 @@ this file. Each bug was found in a published implementation or is a common copyi
 of `reference_moe` that is meant to see it, and `practise` is the plain training that shows what it does to the loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
@@ -17,87 +15,69 @@ from torch import Tensor
 
 from dsl import model, moe, ops, routing
 
-BUGS: dict[str, Callable[[], AbstractContextManager]] = {}  # each gives a patch of the shipped code
+BUGS: dict[str, tuple[object, str, Callable]] = {}  # what is patched: an owner, its attribute, the wrong code
 CAUGHT_BY: dict[str, str] = {}
 
 
-def _bug(name: str, caught_by: str):
-    """Enter a bug under its name, with the check that is meant to see it."""
+def _bug(name: str, owner: object, attribute: str, caught_by: str):
+    """Enter wrong code, which is called with the shipped code first, and the check that is meant to see it."""
 
-    def enter(patched: Callable[[], AbstractContextManager]):
-        BUGS[name], CAUGHT_BY[name] = patched, caught_by
-        return patched
+    def enter(wrong: Callable):
+        BUGS[name], CAUGHT_BY[name] = (owner, attribute, wrong), caught_by
+        return wrong
 
     return enter
 
 
-@_bug("gate weights unused", caught_by="router gets a gradient")
-def _gate_weights_unused():
+@_bug("gate weights unused", moe.Experts, "forward", caught_by="router gets a gradient")
+def _gate_weights_unused(shipped, self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """The k experts are averaged; what the router thinks of them is computed and thrown away."""
-    shipped = moe.Experts.forward
-    return patch.object(
-        moe.Experts, "forward", lambda self, x, e, w: shipped(self, x, e, torch.full_like(w, 1 / w.shape[-1]))
-    )
+    return shipped(self, x, experts, torch.full_like(weights, 1 / weights.shape[-1]))
 
 
-@_bug("rotary not called", caught_by="order matters")
-def _rotary_not_called():
+@_bug("rotary not called", ops, "rotary", caught_by="order matters")
+def _rotary_not_called(shipped, x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary positions are defined, and never applied: without another source of order, words are a bag."""
-    return patch.object(ops, "rotary", lambda x, positions, theta: x)
+    return x
 
 
-@_bug("padding counted", caught_by="padding is free")
-def _padding_counted():
+@_bug("padding counted", model.LanguageModel, "loss", caught_by="padding is free")
+def _padding_counted(shipped, self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Padding is a label like any other; predicting it is easy, so the reported loss is far too low."""
-    shipped = model.LanguageModel.loss
-
-    def loss(self, hidden: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        return shipped(self, hidden, labels.clamp(min=0), reduction)  # -100 becomes token 0, as in a padded batch
-
-    return patch.object(model.LanguageModel, "loss", loss)
+    return shipped(self, hidden, labels.clamp(min=0), reduction)  # -100 becomes token 0, as in a padded batch
 
 
-@_bug("capacity used as k", caught_by="output = weighted sum over k")
-def _capacity_as_k():
+@_bug("capacity used as k", moe, "choose_experts", caught_by="output = weighted sum over k")
+def _capacity_as_k(shipped, scores: Tensor, k: int, **rest):
     """topk(k=capacity): a token visits every expert, the load is perfectly even, the work E / k times too much."""
-    shipped = moe.choose_experts
-    return patch.object(moe, "choose_experts", lambda scores, k, **rest: shipped(scores, scores.shape[-1], **rest))
+    return shipped(scores, scores.shape[-1], **rest)
 
 
-@_bug("k-major drops", caught_by="no look ahead")
-def _k_major_drops():
+@_bug("k-major drops", moe, "within_capacity", caught_by="no look ahead")
+def _k_major_drops(shipped, experts: Tensor, num_experts: int, capacity: int, keep: Tensor | None = None) -> Tensor:
     """GShard's order: every first choice is served before any second, so later tokens push out earlier ones."""
-
-    def within(experts: Tensor, num_experts: int, capacity: int, keep: Tensor | None = None) -> Tensor:
-        rank = routing.priority("k-major", experts)
-        if keep is not None:
-            rank = rank + ~keep[..., None].bool() * experts[0].numel()
-        return routing.served(experts, num_experts, capacity, rank)
-
-    return patch.object(moe, "within_capacity", within)
+    rank = routing.priority("k-major", experts)
+    if keep is not None:
+        rank = rank + ~keep[..., None].bool() * experts[0].numel()
+    return routing.served(experts, num_experts, capacity, rank)
 
 
-@_bug("drops at rest", caught_by="prefix = whole")
-def _drops_at_rest():
+@_bug("drops in evaluation", moe.MoE, "forward", caught_by="prefix = whole")
+def _drops_in_evaluation(shipped, self, x: Tensor, keep: Tensor | None = None):
     """Capacity binds outside training too: its size follows the length, so a prefix differs from the whole."""
-    shipped = moe.MoE.forward
-
-    def forward(self, x: Tensor, keep: Tensor | None = None):
-        with patch.object(self, "training", True):
-            return shipped(self, x, keep)
-
-    return patch.object(moe.MoE, "forward", forward)
+    with patch.object(self, "training", True):
+        return shipped(self, x, keep)
 
 
-@_bug("bias inside the gate", caught_by="bias only chooses")
-def _bias_inside_the_gate():
+@_bug("bias inside the gate", moe, "choose_experts", caught_by="bias only chooses")
+def _bias_inside_the_gate(shipped, scores: Tensor, k: int, *, bias: Tensor | None = None, **rest):
     """The balance bias is added to the scores once and for all: it also weighs, and bends what the experts learn."""
-    shipped = moe.choose_experts
+    return shipped(scores if bias is None else scores + bias, k, **rest)
 
-    def choose(scores: Tensor, k: int, *, bias: Tensor | None = None, **rest):
-        return shipped(scores if bias is None else scores + bias, k, **rest)
 
-    return patch.object(moe, "choose_experts", choose)
+def _patched(owner: object, attribute: str, wrong: Callable) -> AbstractContextManager:
+    shipped = getattr(owner, attribute)
+    return patch.object(owner, attribute, lambda *args, **options: wrong(shipped, *args, **options))
 
 
 def bug(name: str | None) -> AbstractContextManager:
@@ -106,19 +86,18 @@ def bug(name: str | None) -> AbstractContextManager:
         return nullcontext()
     if name not in BUGS:
         raise ValueError(f"bug must be one of {', '.join(BUGS)}, got {name!r}")
-    return BUGS[name]()
+    return _patched(*BUGS[name])
 
 
 def favourites(strength: float) -> AbstractContextManager:
     """Collapse on purpose: in the block every router prefers experts 0 and 1 by `strength`; it weighs them honestly."""
-    shipped = moe.choose_experts
 
-    def choose(scores: Tensor, k: int, *, bias: Tensor | None = None, **rest):
+    def choose(shipped, scores: Tensor, k: int, *, bias: Tensor | None = None, **rest):
         preference = torch.zeros_like(scores[0, 0])
         preference[:2] = strength
         return shipped(scores, k, bias=preference if bias is None else bias + preference, **rest)
 
-    return patch.object(moe, "choose_experts", choose)
+    return _patched(moe, "choose_experts", choose)
 
 
 def practise(

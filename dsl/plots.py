@@ -3,8 +3,6 @@
 A colour means one thing in the whole workbook. Takes arrays; never touches a model or a trainer.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import os
@@ -139,8 +137,8 @@ def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, flo
         ticks(axis, [n for n in (20, 40, 80, 160, 320, 600) if n <= axis.dataLim.xmax])
     for memory, width in capacities.items():
         color = _color(memory) if memory in measured else COLORS["published"]
-        axes[0].axvline(width, color=color, ls=":", lw=1.2, label=f"_law, {memory}")
-        note = f"law, {SHORT[memory]}: {width:.0f}"
+        axes[0].axvline(width, color=color, ls=":", lw=1.2, label=f"_bound, {memory}")
+        note = f"bound, {SHORT[memory]}: {width:.0f}"
         place = {"xytext": (-2, 0), "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "top"}
         axes[0].annotate(note, (width, 0.6), **place, fontsize=8, color=color)
     axes[0].axvline(guess, color="black", ls="--", lw=1.2, label=f"my guess: N = {guess:g}")

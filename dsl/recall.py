@@ -8,8 +8,6 @@ Shape letters: B batch, P pairs written, Q queries, N keys = number of values, K
 T time, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

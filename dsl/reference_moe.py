@@ -7,13 +7,11 @@ Also here: the judges of notebook 02's exercises.
 Shape letters: B batch, T time, E experts, k experts per token, D hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsl.config import ModelConfig
 from dsl.model import LanguageModel
@@ -67,11 +65,10 @@ def layer(std: float = 0.5, **changes) -> MoE:
     """A small fresh MoE layer with matrices wide enough that every part matters, and a bias if it has one."""
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
     block = MoE(ModelConfig(**{**sizes, "num_experts": 4, **changes}), 0)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.normal_(std=std)
-        for buffer in block.buffers():
-            buffer.normal_(std=0.1)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=std)
+    for buffer in block.buffers():
+        nn.init.normal_(buffer, std=0.1)
     return block
 
 
@@ -134,8 +131,7 @@ def bias_only_chooses() -> str | None:
     """A bias that is equal for all experts changes nothing."""
     block, x = layer(router_score="sigmoid"), torch.randn(2, 7, 16)
     y = block(x)[0]
-    with torch.no_grad():
-        block.router.e_score_correction_bias += 0.5
+    block.router.e_score_correction_bias += 0.5
     error = relative_error(block(x)[0], y)
     return None if error < 1e-5 else f"a bias equal for all experts changes the output (error {error:.1e})"
 
@@ -145,10 +141,9 @@ def small_model(**changes) -> LanguageModel:
     sizes = {"vocab_size": 61, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     pattern = {"num_key_value_heads": 1, "intermediate_size": 24, "layer_types": ("full_attention",)}
     model = LanguageModel(ModelConfig(**{**sizes, **pattern, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.5)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
     return model
 
 
@@ -165,11 +160,10 @@ def padding_is_free() -> str | None:
     model, tokens = small_model().eval(), torch.randint(61, (2, 13))
     labels = tokens[:, 1:].clone()
     labels[1, 5:] = -100
-    with torch.no_grad():
-        hidden = model(tokens[:, :-1])[0]
-        real = torch.cat([hidden[0], hidden[1, :5]])
-        want = F.cross_entropy(real @ model.lm_head.weight.T, torch.cat([labels[0], labels[1, :5]]))
-        error = relative_error(model.loss(hidden, labels), want)
+    hidden = model(tokens[:, :-1])[0]
+    real = torch.cat([hidden[0], hidden[1, :5]])
+    want = F.cross_entropy(real @ model.lm_head.weight.T, torch.cat([labels[0], labels[1, :5]]))
+    error = relative_error(model.loss(hidden, labels), want)
     return None if error < 1e-5 else f"padding changes the loss (error {error:.1e})"
 
 

@@ -5,12 +5,9 @@ Plain functions of tensors or of a trained model for notebook 02 and its sliders
 Shape letters: N tokens, B sequences, T time, E experts, k experts per token, L MoE layers.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from dsl.evaluation import bits_per_byte
 from dsl.model import LanguageModel
-from dsl.moe import MoE, choose_experts, expert_capacity, expert_choice, loss_free_update
+from dsl.moe import choose_experts, expert_capacity, expert_choice, loss_free_update
 
 
 def skewed_scores(n: int, num_experts: int, skew: float, generator: torch.Generator) -> Tensor:
@@ -55,18 +52,17 @@ def balance_dynamics(
     *,
     steps: int = 300,
     num_experts: int = 8,
-    k: int = 2,
     tokens: int = 2048,
     skew: float = 1.5,
     seed: int = 0,
     update: Callable[[Tensor, Tensor, float], Tensor] = loss_free_update,
 ) -> Dynamics:
-    """Loss-free balancing of a router that does not learn: fresh skewed scores at each step, one bias update each."""
+    """Loss-free balancing of a top-2 router that does not learn: fresh skewed scores and one bias update a step."""
     generator, bias = torch.Generator().manual_seed(seed), torch.zeros(num_experts)
     biases, counts = [], []
     for _ in range(steps):
         scores = skewed_scores(tokens, num_experts, skew, generator)
-        experts, _ = choose_experts(scores, k, bias=bias)
+        experts, _ = choose_experts(scores, 2, bias=bias)
         counts.append(torch.bincount(experts.flatten(), minlength=num_experts).float())
         bias = update(bias, counts[-1], speed)
         biases.append(bias)
@@ -151,10 +147,10 @@ def look_ahead(route: Callable[[Tensor], Tensor], trials: int, generator, *, tok
 
 
 @torch.no_grad()
-def routes(model: LanguageModel, tokens: Tensor, *, batch: int = 8) -> Tensor:
+def routes(model: LanguageModel, tokens: Tensor) -> Tensor:
     """The experts of every token: token ids [B, T] -> int64 [L, B, T, k], best first; in eval mode."""
     model = model.eval()
-    parts = [torch.stack([s.experts for s in model(some)[2]]) for some in tokens.split(batch)]
+    parts = [torch.stack([s.experts for s in model(some)[2]]) for some in tokens.split(8)]
     return torch.cat(parts, 1)
 
 
@@ -206,28 +202,22 @@ def kind_shares(kinds: list[str], tokens: Tensor, experts: Tensor, num_experts: 
     return names, counts / counts.sum(-1, keepdim=True)
 
 
-@contextmanager
-def without(block: MoE, expert: int | str) -> Iterator[None]:
-    """A layer whose expert (a number, or "shared") contributes nothing."""
-    down = block.shared_experts.down_proj.weight if expert == "shared" else block.experts.down_proj[expert]
-    saved = down.detach().clone()
-    with torch.no_grad():
-        down.zero_()
-        try:
-            yield
-        finally:
-            down.copy_(saved)
-
-
+@torch.no_grad()
 def drop_cost(model: LanguageModel, rows: Tensor) -> tuple[Tensor, Tensor | None]:
     """Rise of the loss (nats per token) when one expert falls silent: routed [L, E], shared [L] or None."""
 
     def loss() -> float:
         return bits_per_byte(model, rows, rows[:, 1:].numel()) * math.log(2)
 
-    base, routed, shared = loss(), [], []
-    for block in model.moe_blocks:
-        for expert in [*range(block.config.num_experts), *(["shared"] if block.shared_experts else [])]:
-            with without(block, expert):
-                (shared if expert == "shared" else routed).append(loss() - base)
-    return torch.tensor(routed).view(len(model.moe_blocks), -1), torch.tensor(shared) if shared else None
+    def rise(down: Tensor) -> float:
+        saved = down.clone()
+        try:
+            down.zero_()
+            return loss() - base
+        finally:
+            down.copy_(saved)
+
+    base = loss()
+    routed = [[rise(down) for down in block.experts.down_proj] for block in model.moe_blocks]
+    shared = [rise(block.shared_experts.down_proj.weight) for block in model.moe_blocks if block.shared_experts]
+    return torch.tensor(routed), torch.tensor(shared) if shared else None

@@ -4,8 +4,6 @@ Every run is an ordinary run of `dsl.train` under its own name, in a process of 
 was killed goes on where it was. What the notebook reads are small tables, `04_*.csv`, renewed after every run.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess
@@ -41,12 +39,11 @@ GRID = {  # changes to the preset `quickstart`, which has experts, loss-free bal
 SETTINGS = {"quick": (40, 1), "full": (350, 5)}  # steps and seeds of each; 350 steps: three minutes of a core
 
 
-def plan(steps: int | None, seeds: int, only: Sequence[str] = ()) -> list[tuple[str, Run]]:
+def plan(steps: int, seeds: int, only: Sequence[str] = ()) -> list[tuple[str, Run]]:
     """The runs, all configurations of the first seed first; a smoke test takes `tiny` runs. Raises SettingsError."""
     if unknown := [name for name in only if name not in GRID]:
         raise SettingsError(f"unknown configuration {unknown[0]!r}{suggest(unknown[0], GRID)}")
     start = "tiny" if settings.smoke() else "quickstart"
-    steps = steps or preset(start).train.max_steps
     every = {"eval_steps": 12, "save_steps": 6, "sample_steps": 4, "logging_steps": 60}
     train = {field: max(steps // times, 1) for field, times in every.items()}
     train |= {"max_steps": steps, "save_total_limit": 99, "num_hidden_layers": 4}
@@ -58,7 +55,7 @@ def plan(steps: int | None, seeds: int, only: Sequence[str] = ()) -> list[tuple[
     ]
 
 
-def run(steps: int | None, seeds: int, only: Sequence[str], folder: Path, jobs: int = 1) -> list[str]:
+def run(steps: int, seeds: int, only: Sequence[str], folder: Path, jobs: int = 1) -> list[str]:
     """Train and analyse what is not there yet, some at once; tables into `folder`; the names of runs that failed."""
     grid = plan(steps, seeds, only)
 
@@ -114,7 +111,7 @@ def collect(grid: Sequence[tuple[str, Run]], folder: Path) -> None:
             pd.concat(parts).to_csv(folder / f"04_{name}.csv", index=False, float_format="%.5g")
     examples(done).to_csv(folder / "04_tokens.csv", index=False, float_format="%.3f")
     made = {config: compare.settings_of(run.log_dir)[:2] for config, run in first.items()}  # not as they would be now
-    chosen = {config: run.to_dict() | {"record": record} for config, (run, record) in made.items()}
+    chosen = {config: run.to_dict() | {"record": record} for config, (run, record) in made.items() if run}
     (folder / "04_settings.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), "utf-8")
 
 

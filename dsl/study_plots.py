@@ -4,8 +4,6 @@ Takes the tables of `findings` (columns config, seed, ...); never touches a mode
 whiskers are 95 % intervals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import matplotlib.pyplot as plt
@@ -13,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dsl import compare
-from dsl.plots import COLORS, NAMES, ticks
+from dsl.plots import COLORS, NAMES, legend, ticks
 
 HYBRID = "#882255"  # delta and softmax in one model, three to one
 STYLES = {  # colour by mixer, line by what else is changed; the label
@@ -56,7 +54,7 @@ def _whiskers(axis: plt.Axes, x, groups: Iterable, **look) -> None:
 def quality(curves: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
     """Held-out bits per byte against tokens, training FLOPs and CPU-time; below, the last part, where they differ."""
     last = 0.6  # of the whole; from there on
-    flops = runs.groupby("config").training_flops.first()
+    flops = runs.reindex(columns=["config", "training_flops"]).groupby("config").training_flops.first()
     table = curves.assign(flops=curves.tokens * curves.config.map(flops))
     across = {"tokens": (1e6, "million tokens"), "flops": (1e12, "training FLOPs, 10¹²")}
     across |= {"cpu_seconds": (1, "CPU-seconds of training steps")}
@@ -70,12 +68,11 @@ def quality(curves: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
         upper.set(xlabel=label)
         lower.set(xlabel=label, xlim=(last * high, 1.01 * high) if high > 0 else None)
     late = table[table.tokens > last * table.tokens.max()].held_out_bits_per_byte
-    if len(late):
-        room = 0.05 * (late.max() - late.min())
-        axes[1, 0].set_ylim(late.min() - room, late.max() + room)
+    room = 0.05 * (late.max() - late.min())
+    axes[1, 0].set_ylim(late.min() - room, late.max() + room)
     for axis in axes[:, 0]:
         axis.set_ylabel("held-out bits per byte")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    legend(figure, ncols=3, fontsize=9)
     return figure
 
 
@@ -83,14 +80,15 @@ def _bins(axis: plt.Axes, lows: Iterable[int]) -> None:
     """Places 0, 1, ... named as the doublings that begin at `lows`."""
     names = [f"{low}" if low < 2 else f"{low}–{2 * low - 1:,}" for low in lows]
     axis.set_xticks(range(len(names)), names, rotation=45, fontsize=8)
-    axis.set(xlabel="tokens seen before", xlim=(-0.5, max(len(names), 1) - 0.5))
+    axis.set(xlabel="tokens seen before", xlim=(-0.5, len(names) - 0.5))
 
 
 def positions(analysis: pd.DataFrame) -> plt.Figure:
     """Loss by the tokens seen before; its difference to softmax, paired by seed; what more than the window gives."""
     rows = analysis[analysis.measure.isin(("position", "longer"))].assign(key=lambda t: t.key.astype(int))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=[3, 3, 1.4])
-    table = rows[rows.measure == "position"].pivot_table(index="key", columns=["config", "seed"], values="value")
+    by_run = {"index": "key", "columns": ["config", "seed"], "values": "value"}
+    table, longer = (rows[rows.measure == name].pivot_table(**by_run) for name in ("position", "longer"))
     at = np.arange(len(table))
     for place, config in enumerate(_known(rows.config, MIXERS)):
         look, losses = style(config, place) | {"ls": "-"}, table[config]
@@ -99,12 +97,12 @@ def positions(analysis: pd.DataFrame) -> plt.Figure:
         if "softmax" in table and config != "softmax":
             gaps = (losses - table["softmax"]).dropna(axis=1)
             _whiskers(middle, at + 0.12 * (place - 2.5), gaps.to_numpy(), **whiskers)
-        longer = rows[(rows.config == config) & (rows.measure == "longer")].groupby("key").value
-        if len(longer):
-            _whiskers(right, np.arange(len(longer)) + 0.06 * (place - 2.5), (v for _, v in longer), **whiskers)
-            _bins(right, longer.mean().index)
-    for axis in (left, middle):
-        _bins(axis, table.index)
+        if config in longer:
+            x = np.arange(len(longer)) + 0.06 * (place - 2.5)
+            _whiskers(right, x, longer[config].to_numpy(), **whiskers)
+    for axis, lows in ((left, table.index), (middle, table.index), (right, longer.index)):
+        if len(lows):
+            _bins(axis, lows)
     middle.axhline(0, color=COLORS["softmax"])
     right.axhline(0, color=COLORS["law"], lw=1)
     left.set(ylabel="loss, nats per token")
@@ -134,9 +132,9 @@ def recall(table: pd.DataFrame, mqar: pd.DataFrame) -> plt.Figure:
     left.set(xlabel="state after 256 tokens, KiB", ylabel="loss minus that of softmax, nats", xlim=(24, 1024))
     ticks(left, [32, 64, 128, 256, 512])
     left.legend()
-    kinds = [kind for kind in ("softmax", "delta", "taylor", "elu") if kind in set(mqar.kind)]
+    kinds = ("softmax", "delta", "taylor", "elu")
     for place, kind in enumerate(kinds):
-        values = mqar[mqar.kind == kind].iloc[:, -1]
+        values = mqar[(mqar.kind == kind) & (mqar.lr == mqar.lr.min())].iloc[:, -1]
         right.plot([place] * len(values), values, "o", color=COLORS[kind], alpha=0.6, clip_on=False)
     right.set_xticks(range(len(kinds)), [NAMES[kind].replace(" (", "\n(") for kind in kinds], fontsize=8)
     right.set(ylabel="share of values recalled", title="MQAR, notebook 01: 4 and 8 pairs, all seeds", ylim=(None, 1))
@@ -144,27 +142,30 @@ def recall(table: pd.DataFrame, mqar: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def kinds(analysis: pd.DataFrame, names: Iterable[str] = ("elu", "delta", "hybrid"), beside: str = "softmax"):
+def kinds(analysis: pd.DataFrame) -> plt.Figure:
     """By kind of token, how much worse than softmax each mixer is: mean of paired seeds, 95 % intervals."""
     rows = analysis[analysis.measure.isin(("kind", "seen"))]
     order = list(dict.fromkeys(rows.sort_values("measure").key))
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.42 * len(order)))
-    names = [name for name in names if name in set(rows.config)]
+    names = [name for name in ("elu", "delta", "hybrid") if name in set(rows.config)]
     for place, name in enumerate(names):
-        found = np.array([compare.difference(rows[rows.key == key], name, beside, "value")[:2] for key in order])
+        found = np.array([compare.difference(rows[rows.key == key], name, "softmax", "value")[:2] for key in order])
         y = np.arange(len(order)) + 0.18 * (place - (len(names) - 1) / 2)
         look = {"fmt": "o", "ms": 4, "capsize": 2, "color": style(name)["color"], "label": style(name)["label"]}
         axis.errorbar(found[:, 0], y, xerr=np.nan_to_num(found[:, 1]), **look)
-    axis.axvline(0, color=COLORS[beside], label=style(beside)["label"])
+    axis.axvline(0, color=COLORS["softmax"], label=NAMES["softmax"])
+    axis.axhline(rows[rows.measure == "kind"].key.nunique() - 0.5, color="black", lw=0.8)  # two ways to divide them
     axis.set_yticks(range(len(order)), order)
     axis.invert_yaxis()
-    axis.set(xlabel=f"loss minus that of {beside}, nats per token (right: worse)")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    axis.set(xlabel="loss minus that of softmax, nats per token (right: worse)")
+    legend(figure, ncols=4)
     return figure
 
 
-def experts(analysis: pd.DataFrame, curves: pd.DataFrame, names: Iterable[str], floor: float | None) -> plt.Figure:
-    """How soon choices settle; what decides them; how uneven the load is."""
+def experts(
+    analysis: pd.DataFrame, curves: pd.DataFrame, names: Iterable[str], floor: float | None, even: float | None = None
+) -> plt.Figure:
+    """How soon choices settle (by chance: `even`, k / E); what decides them; how uneven the load is."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9))
     deciding = ["token", "token before", "chance"]
     names = _known(name for name in names if name in set(analysis[analysis.measure == "saturation"].config))
@@ -184,11 +185,13 @@ def experts(analysis: pd.DataFrame, curves: pd.DataFrame, names: Iterable[str], 
         _band(right, load.mean().index / 1e6, load, ms=3, lw=1.4, **marked)
     if floor is not None:
         right.axhline(floor, color=COLORS["law"], ls="--", lw=1.2, label="floor: an even router, sampled")
+    if even is not None:
+        left.axhline(even, color=COLORS["law"], ls=":", lw=1.2, label="choices at random")
     left.set(xlabel="share of the training", ylabel="choices that are final (saturation)", ylim=(0, 1.02))
     middle.set_xticks(range(3), deciding)
     middle.set(ylabel="share of the choice that it decides", ylim=(0, 1.02), xlim=(-0.5, 2.5))
     right.set(xlabel="million tokens", ylabel="MaxVio between two measurements", yscale="log")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    legend(figure, ncols=4)
     return figure
 
 
@@ -196,7 +199,8 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """Paired effects, {xlabel: rows (name, mean, half, neutral, low, high)}: dark where the interval excludes neutral,
     grey diamonds for what was published. Neutral 0 is a difference of losses, less is better; 1 a saving, more is.
     """
-    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.6), sharey=True)
+    height = 1.6 + 0.35 * max(map(len, found.values()))
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), height), sharey=True)
     published = {"color": COLORS["published"], "marker": "D", "ms": 5, "alpha": 0.7}
     for axis, (label, rows) in zip(np.atleast_1d(axes), found.items(), strict=True):
         neutral = rows.neutral.iloc[0]
@@ -207,11 +211,17 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
             axis.plot([row.low, row.high], [place - 0.25] * 2, **published)
             axis.errorbar(row.mean, place, xerr=np.nan_to_num(row.half), fmt="o", capsize=3, color=color)
         axis.set_yticks(range(len(rows)), rows.name)
-        axis.locator_params(axis="x", nbins=5)
+        if neutral:
+            axis.set_xscale("log")
+            axis.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3], map(str, ticks))
+        else:
+            axis.set_xscale("symlog", linthresh=0.03)
+            axis.set_xticks(ticks := [-0.3, -0.03, 0, 0.03], map(str, ticks))
+        axis.minorticks_off()
         side = "better \N{RIGHTWARDS ARROW}" if neutral else "\N{LEFTWARDS ARROW} better"
         axis.set_title(side, loc="right" if neutral else "left", fontsize=9)
         axis.set(xlabel=label, ylim=(len(rows) - 0.5, -0.5))
-    means = {"effect, 95 % interval": COLORS["experts"], "interval contains no effect": COLORS["loss"]}
+    means = {"effect, 95 % interval": COLORS["experts"], "interval includes no effect": COLORS["loss"]}
     entries = [plt.Line2D([], [], color=color, marker="o", label=label) for label, color in means.items()]
     entries.append(plt.Line2D([], [], **published, label="published"))
     entries.append(plt.Line2D([], [], color="black", lw=1, label="no effect"))

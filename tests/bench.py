@@ -9,8 +9,6 @@ CPU-seconds, so that a busy machine disturbs little; each round runs ours, then 
 least of both. The pairs stand in bench_parts.py and bench_models.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@ with the fastest of their own implementations. `python tests/bench_models.py NAM
 one of them and prints the peak memory of its process.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import resource

@@ -4,8 +4,6 @@ A pair is a function under `@pair` that returns two callables, ours and the peer
 has any: "tokens" of a call, and ours' "flops". A callable that returns a float has measured itself.
 """
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Callable

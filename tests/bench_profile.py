@@ -1,7 +1,5 @@
 """Where the time of a pair of the bench goes, by torch's profiler: by kind of work, ours and the peer's."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A real JupyterLab and a headless Chromium for tests; each is ended by whom started it."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -3,8 +3,6 @@
 A page holds `<!-- table: NAME -->`, the table, `<!-- end -->`; NAME is a function of TABLES.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

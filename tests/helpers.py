@@ -1,7 +1,5 @@
 """What the test files share: the one comparison of tensors and seeds that are fresh but printed."""
 
-from __future__ import annotations
-
 import os
 import random
 

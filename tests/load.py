@@ -3,8 +3,6 @@
 Each asks for 32 tokens at temperature 0 and must get the same text; single runs, so read the figures as such.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -8,8 +8,6 @@
 states with random ids and the reader's settings.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import os

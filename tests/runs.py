@@ -1,7 +1,5 @@
 """Small real runs on the offline corpus: to start them here or in another process, and to compare what they leave."""
 
-from __future__ import annotations
-
 import csv
 import os
 import subprocess

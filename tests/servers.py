@@ -1,7 +1,5 @@
 """Servers for tests: an application in a thread of this process, or a command in a process of its own."""
 
-from __future__ import annotations
-
 import subprocess
 import threading
 import time

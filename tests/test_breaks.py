@@ -1,7 +1,5 @@
 """The breaks of breaks.py can still be made and, in the long form, each is seen by the tests that it names."""
 
-from __future__ import annotations
-
 import os
 
 import breaks

@@ -1,7 +1,5 @@
 """The playground in a real JupyterLab and the web page over a real server, both in a headless Chromium."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -40,9 +40,9 @@ def generator():
 
 def test_bits_per_byte_is_the_summed_loss_over_bytes(generator):
     model = LanguageModel(SMALL).double().train()
-    rows = torch.randint(97, (7, 34))
+    rows = torch.randint(97, (19, 34))  # in three batches
     rows[-1, 20:] = evaluation.IGNORE
-    found = evaluation.bits_per_byte(model, rows, 1000, batch=3)
+    found = evaluation.bits_per_byte(model, rows, 1000)
     with torch.no_grad():
         logits = model.eval().logits(model(rows[:, :-1].clamp(min=0))[0]).log_softmax(-1)
     scored = rows[:, 1:] != evaluation.IGNORE
@@ -65,12 +65,11 @@ def test_load_of_known_counts():
 
 
 def test_routing_load_counts_every_choice_of_every_token(generator):
-    model, rows = LanguageModel(SMALL), torch.randint(97, (5, 16))
-    found = evaluation.routing_load(model, rows, batch=2)
+    model, rows = LanguageModel(SMALL), torch.randint(97, (19, 16))
+    found = evaluation.routing_load(model, rows)
     chosen = [stats.experts.flatten() for stats in model.eval()(rows)[2]]
     counts = torch.stack([torch.bincount(experts, minlength=4) for experts in chosen]).double()
-    assert torch.allclose(found.share, counts / (5 * 16 * 2), atol=1e-12)
-    assert (found.entropy > 0).all() and (found.entropy <= math.log(4) + 1e-6).all()
+    assert torch.allclose(found.share, counts / (19 * 16 * 2), atol=1e-12)
 
 
 def test_mqar_asks_for_each_key_once_and_labels_its_value(generator):
@@ -172,16 +171,6 @@ def test_activations_are_within_a_third_of_what_autograd_keeps(config, remade, m
     measured = sum(size for address, (size, _) in kept.items() if address not in own)
     found = evaluation.cost.__wrapped__(config, 128, rows=2)  # not the cached one
     assert found.activation_bytes == pytest.approx(measured, rel=0.34)
-
-
-def test_cost_of_deepseek_v3_cache_is_the_published_one():
-    """70.272 KB a token for 61 layers in 16 bits (2505.09343, table 1); here states are counted in 32."""
-    config = ModelConfig(
-        **{"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "moe_layers": ()},
-        **{"layer_types": FULL, "full_attention_kind": "latent", "kv_lora_rank": 512, "qk_rope_head_dim": 64},
-        **{"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8},
-    )
-    assert 61 * evaluation.cost(config).state_bytes_per_token == 2 * 70_272
 
 
 def test_flops_by_hand():

@@ -1,7 +1,5 @@
 """What tables of a study say: measures, speed-ups and claims, by hand; every claim of claims.yaml is well formed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -52,6 +50,7 @@ def fake():
                 for step, share in ((10, 0.5), (20, 1.0)):
                     analysis.append((config, seed, "saturation", layer, str(step), share))
                 analysis.append((config, seed, "seen", layer, "seen pair", layer + shift))
+                analysis.append((config, seed, "seen", layer, "new token", 5))
     columns = ["config", "seed", "measure", "layer", "key", "value"]
     return pd.DataFrame(runs), pd.concat(curves), pd.DataFrame(analysis, columns=columns)
 
@@ -62,6 +61,7 @@ def test_one_row_a_run_one_column_a_figure(fake):
     assert len(table) == 6 and findings.seeds(fake[0]) == "3 seeds"
     row = table[(table.config == "hybrid-dense") & (table.seed == 1)].iloc[0]
     assert row["seen seen pair"] == pytest.approx(2.1), "mean of the layers"
+    assert row["recall gap"] == pytest.approx(2.1 - 5)
     assert row["saturation first"] == 0.5 and row["saturation 20"] == 1
     assert row.maxvio == pytest.approx((9 + 1.1 + 1) / 3) and row.state_bytes_per_token == 2
     assert table[table.config == "hybrid"].mqar.tolist()[0] == 0.9
@@ -108,9 +108,8 @@ def test_a_claim_is_well_formed(claim):
 @pytest.mark.skipif(not (FIGURES / "04_runs.csv").exists(), reason="no study is committed")
 def test_every_claim_that_is_measured_finds_its_figure():
     tables = findings.tables(FIGURES)
-    table = findings.measures(
-        tables["runs"], tables["curves"], tables["analysis"], pd.read_csv(FIGURES / "01_mqar.csv")
-    )
+    mqar = pd.read_csv(FIGURES / "01_mqar.csv")
+    table = findings.measures(tables["runs"], tables["curves"], tables["analysis"], mqar)
     found = findings.claims(table, tables["curves"])
     assert set(found.claim[found.ours == "not run"]) == set()
     assert sum(path.stat().st_size for path in FIGURES.glob("04_*.csv")) < 400_000
@@ -131,7 +130,7 @@ def test_figures_of_runs_that_lack_figures(fake):
     runs, curves, _ = fake
     none = pd.DataFrame(columns=["config", "seed", "measure", "layer", "key", "value"])
     for figure in (
-        study_plots.quality(curves.assign(step=curves.tokens), runs.assign(training_flops=float("nan"))),
+        study_plots.quality(curves.assign(step=curves.tokens), runs.drop(columns="training_flops")),
         study_plots.positions(none),
         study_plots.experts(none, curves, ["hybrid"], 0.1),
     ):

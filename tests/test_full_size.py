@@ -3,8 +3,6 @@
 Only under DSL_SOAK=1 (make soak), since it takes minutes and gigabytes.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import os

@@ -1,7 +1,5 @@
 """The arrows between the files of dsl point one way, and its doors open without loading what they do not need."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

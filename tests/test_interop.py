@@ -3,8 +3,6 @@
 transformers' own tools are in test_hub.py, OpenAI's client in test_serving.py, Gradio's in test_web.py.
 """
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -3,8 +3,6 @@
 A few kills in each test; DSL_SOAK=1 (make soak) makes it 25.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,15 +1,12 @@
 """Mutation tests: with each classic error patched in, the checks of the suite must see it; without, none may."""
 
-import ast
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import seeded
 
 from dsl import moe, museum, routing
-from dsl.reference_moe import CHECKS, judge_drops, judge_gate, judge_update, layer
+from dsl.reference_moe import CHECKS, judge_drops, judge_gate, judge_update, layer, small_model
 
 
 @pytest.fixture(autouse=True)
@@ -17,32 +14,24 @@ def _seed():
     seeded()
 
 
-@pytest.mark.parametrize("name", museum.BUGS)
-def test_every_bug_is_caught(name):
-    check = CHECKS[museum.CAUGHT_BY[name]]
-    assert check() is None
-    with museum.bug(name):
-        assert check()
-    assert check() is None  # the shipped code is back
-
-
 TRIPS = {
+    None: set(),  # the shipped code
     "gate weights unused": {"output = weighted sum over k", "layer = one-token oracle", "router gets a gradient"},
     "rotary not called": {"order matters"},
     "padding counted": {"padding is free"},
     "capacity used as k": {"output = weighted sum over k", "layer = one-token oracle"},
     "k-major drops": {"no look ahead"},
-    "drops at rest": {"prefix = whole"},
+    "drops in evaluation": {"prefix = whole"},
     "bias inside the gate": {"layer = one-token oracle", "bias only chooses"},
 }
 
 
-@pytest.mark.parametrize("name", museum.BUGS)
-def test_what_the_bug_says_it_does(name):
+@pytest.mark.parametrize("name", [None, *museum.BUGS])
+def test_every_bug_is_caught_and_does_what_it_says(name):
     """A switch that changes nothing would be caught by nobody; one that changes something else is the wrong exhibit."""
     with museum.bug(name):
         found = {check for check, run in CHECKS.items() if run()}
-    assert found == TRIPS[name] and museum.CAUGHT_BY[name] in found
+    assert found == TRIPS[name] and (name is None or museum.CAUGHT_BY[name] in found)
 
 
 def test_every_check_goes_red_for_some_bug():
@@ -78,8 +67,6 @@ def test_capacity_used_as_k_looks_perfectly_balanced():
 
 def test_practice_reports_what_it_trains_on_and_what_is_real():
     """Padding changes neither loss, unless the bug counts it; the weights and the bias of the model move."""
-    from dsl.reference_moe import small_model
-
     labels = torch.randint(1, 61, (3, 13))
     labels[1:, 5:] = -100
     tokens = labels.roll(1, 1).clamp(min=0)
@@ -94,14 +81,6 @@ def test_practice_reports_what_it_trains_on_and_what_is_real():
     with museum.bug("padding counted"):
         reported, real, _ = next(museum.practise(model, [(tokens, labels)]))
     assert reported != pytest.approx(real, rel=1e-4)
-
-
-def test_nothing_in_the_package_imports_the_museum():
-    for file in Path(museum.__file__).parent.glob("*.py"):
-        imported = [
-            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
-        ]
-        assert not any("museum" in ast.unparse(node) for node in imported), file.name
 
 
 def gate(scores, bias, k, chosen_by=1.0, weighed_by=0.0):

@@ -3,8 +3,6 @@
 What the notebooks claim is tested by `pytest --nbval`.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -7,25 +7,23 @@ from helpers import assert_close, seeded
 from dsl import attention, ops, reference
 
 
-def right(name):
-    """A correct answer to each exercise, by the fast code or by algebra."""
-    return {
-        "chunked": lambda q, k, v: ops.linear_attention(q, k, v)[0],
-        "delta": lambda q, k, v, beta: ops.delta_rule(q, k, v, beta)[0],
-        "absorbed": absorbed,
-    }[name]
-
-
 def absorbed(q_nope, q_rope, latent, rope_key, w_uk, w_uv):
     scores = torch.einsum("bhk,hkc->bhc", q_nope, w_uk) @ latent.mT + q_rope @ rope_key.mT
     weights = (scores * (q_nope.shape[-1] + q_rope.shape[-1]) ** -0.5).softmax(-1)
     return torch.einsum("bhc,hvc->bhv", weights @ latent, w_uv)
 
 
+RIGHT = {  # a correct answer to each exercise, by the fast code or by algebra
+    "chunked": lambda q, k, v: ops.linear_attention(q, k, v)[0],
+    "delta": lambda q, k, v, beta: ops.delta_rule(q, k, v, beta)[0],
+    "absorbed": absorbed,
+}
+
+
 @pytest.mark.parametrize("name", reference.EXERCISES)
 def test_the_judge_accepts_a_right_answer(name, capsys):
     seeded()
-    reference.judge(name, right(name))
+    reference.judge(name, RIGHT[name])
     assert "length  65: forward and every gradient" in capsys.readouterr().out
 
 

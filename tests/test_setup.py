@@ -1,7 +1,5 @@
 """The project installs as it says: pins, ranges, the conda file and the Makefile agree, and failures are plain."""
 
-from __future__ import annotations
-
 import ast
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """The study as a command, on tiny runs: killed and begun again, runs that fail, and what is refused."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -48,6 +46,23 @@ def test_no_run_is_done_no_table(tmp_path, monkeypatch):
     study.collect(study.plan(2, 1), tmp_path / "tables")
     with pytest.raises(FileNotFoundError, match="make study"):
         findings.tables(tmp_path / "tables")
+
+
+def test_a_run_of_another_version_is_collected_without_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSL_HOME", str(tmp_path))
+    grid = study.plan(2, 1, ["hybrid-aux"])
+    log_dir = grid[0][1].log_dir
+    columns = "step,tokens,loss,held_out_bits_per_byte,step_seconds,cpu_percent,skipped_steps"
+    files = {"hparams.yaml": "train: {later: 1}", "generations.csv": "step,prompt,text\n2,a,b\n"}
+    files["metrics.csv"] = f"{columns}\n2,9,5,3,1,90,0\n"
+    files["analysis.csv"] = ",".join(lens.COLUMNS) + "\nfinal,,bits_per_byte,9,2.5\n"
+    log_dir.mkdir(parents=True)
+    for name, text in files.items():
+        (log_dir / name).write_text(text)
+    study.collect(grid, tmp_path / "tables")
+    found = findings.tables(tmp_path / "tables")
+    assert found["runs"].final_bits_per_byte.tolist() == [2.5] and "'later'" in found["runs"].notes[0]
+    assert found["settings"] == {}
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """The slider of notebook 01 in a real browser, a JupyterLab in a headless Chromium; and its static form without one."""
 
-from __future__ import annotations
-
 import nbformat
 import pytest
 from browsers import IN_KERNEL, RUN_ALL, jupyter, page

@@ -1,7 +1,5 @@
 """Small shells with random weights and a tokenizer of single bytes: no training, no files, milliseconds."""
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
