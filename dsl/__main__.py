@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from dsl import settings
+from dsl.config import import_own
 from dsl.schema import FIELDS, SECTIONS, DataConfig, Sampling, Section, SettingsError, kinds, read_yaml, suggest
 from dsl.settings import PRESETS, Run
 
@@ -146,7 +147,7 @@ def train(options: argparse.Namespace) -> int:
         return 0
     from dsl import training
 
-    if options.config is not None:
+    if options.config is not None and Path(options.config).is_file() and not any(run.run_dir.glob("step-*")):
         _compare_threads(Path(options.config))
     summary = training.train(run)
     if os.environ.get("RANK", "0") == "0":
@@ -155,12 +156,12 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _compare_threads(path: Path) -> None:
-    """Say where the recorded run had another number of threads: sums on a CPU depend on it, to the last bit."""
+    """Say before a run begins that the recorded one had another number of threads: a CPU's sums depend on it."""
     import torch
 
     record, now = read_yaml(path.read_text("utf-8")).get("record"), torch.get_num_threads()
     then = record.get("threads", now) if isinstance(record, dict) else now
-    if then != now and os.environ.get("RANK", "0") == "0":
+    if then != now and not torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
         how = f"OMP_NUM_THREADS={then} repeats that run to the bit"
         print(f"{path.name} was made with {then} threads, this process has {now}: {how}", file=sys.stderr)
 
@@ -277,13 +278,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser = parsers.get(words[0], top)
         near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, 1)
         parser.error(f"unknown option {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else ""))
-    own = ("module", "mixer", "linear_attention_kind", "full_attention_kind", "router")
-    if any(getattr(options, name, None) for name in own) and "" not in sys.path:
-        sys.path.append("")  # a module of the user's own lies in the folder that they are in
     try:
         try:
             if (module := getattr(options, "module", None)) is not None:
-                __import__(module)
+                import_own(module)
         except (ImportError, ValueError) as error:
             raise SettingsError(f"--import {module} failed: {error}") from None
         code = options.run(options)

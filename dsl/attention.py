@@ -104,7 +104,7 @@ class LinearMixer(nn.Module):
         q, k, v = self.feature_map(q.to(dtype)), self.feature_map(k.to(dtype)), v.to(dtype)
         if keep is not None:
             k = k * keep[..., None, None]  # a feature map of zero is not zero: padding must not be remembered
-        y, memory = ops.linear_attention(q, k, v, normalize=self.norm is None, **_how(x, state))
+        y, memory = ops.linear_attention(q, k, v, normalize=self.norm is None, **_form(x, state))
         if self.norm is not None:
             y = self.norm(y)
         y = y.flatten(2).to(x.dtype)
@@ -142,7 +142,7 @@ class DeltaMixer(nn.Module):
         log_decay = -self.A_log.to(dtype).exp() * F.softplus(a + self.dt_bias.to(dtype))
         if keep is not None:  # padded keys are zero already, but a padded step must not forget either
             log_decay = log_decay * keep[..., None]
-        y, memory = ops.delta_rule(q, k, v.to(dtype), beta.sigmoid(), log_decay=log_decay, **_how(x, state))
+        y, memory = ops.delta_rule(q, k, v.to(dtype), beta.sigmoid(), log_decay=log_decay, **_form(x, state))
         gate = self.g_proj(x).unflatten(-1, (-1, y.shape[-1])).sigmoid()
         y = (self.norm(y) * gate).flatten(2).to(x.dtype)
         return self.o_proj(y), LinearState(_seen(state) + x.shape[1], memory, window)
@@ -274,7 +274,7 @@ def _convolved_heads(mixer: LinearMixer | DeltaMixer, x: Tensor, state: LinearSt
     return *heads.split(mixer.heads, 2), window
 
 
-def _how(x: Tensor, state: LinearState | None) -> dict[str, Any]:
+def _form(x: Tensor, state: LinearState | None) -> dict[str, Any]:
     """How a recurrent form reads x after a state; chunks of 32 are the fastest of 16 to 128 on a CPU."""
     form = "recurrent" if x.shape[1] == 1 else "chunked"
     return {"form": form, "state": state.memory if state else None, "chunk_size": 32}

@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -155,6 +156,15 @@ def check_foreign(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={values[name]!r} is code from elsewhere: {rule}")
 
 
+def import_own(module: str) -> ModuleType:
+    """A module of the user's own, also one in the current folder, where the installed command does not look."""
+    if module.startswith("."):
+        raise ImportError(f"No module named {module!r}")
+    if "" not in sys.path:
+        sys.path.append("")
+    return importlib.import_module(module)
+
+
 class Registry(dict[str, type]):
     """Classes by the name that a config may use; "module:Class" names the reader's own, imported on demand."""
 
@@ -173,7 +183,7 @@ class Registry(dict[str, type]):
         module, _, attribute = name.partition(":")
         if module and attribute:
             try:
-                found = getattr(importlib.import_module(module), attribute)
+                found = getattr(import_own(module), attribute)
             except (ImportError, AttributeError) as error:
                 raise ValueError(f"{self.field_name}={name!r} cannot be imported: {error}") from error
             if not (isinstance(found, type) and issubclass(found, sys.modules["torch"].nn.Module)):

@@ -205,7 +205,7 @@ class TableCorpus(Corpus):
         rows = self._tables.block(shard, row)
         texts = [text for text in rows if isinstance(text, str)]
         other = {type(value).__name__ for value in rows if value is not None}
-        if other and not texts:
+        if row == 0 and other and not texts:
             raise ValueError(f"column must hold text, got {', '.join(other)} in {self._column!r} of {self.name}")
         if self._join:
             texts = _ARTICLE.split("".join(texts))

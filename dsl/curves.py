@@ -17,7 +17,7 @@ from dsl.schema import TrainConfig
 def metrics(log_dir: Path) -> pd.DataFrame:
     """The rows of metrics.csv, complete ones only. Raises FileNotFoundError where a run has written none."""
     path = Path(log_dir) / "metrics.csv"
-    if not path.exists() or not path.stat().st_size:
+    if not path.exists() or not path.read_text("utf-8", "replace").strip():
         raise FileNotFoundError(f"no metrics.csv in {log_dir}: the run has not logged a step yet")
     return pd.read_csv(path).dropna(subset=["step", "loss"])
 

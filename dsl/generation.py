@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dsl.attention import State
 from dsl.hub import DslForCausalLM
 from dsl.model import LanguageModel
+from dsl.moe import NotFiniteError
 from dsl.schema import Sampling
 
 RUNNERS_UP = 5
@@ -171,7 +172,7 @@ def _turns(model, tokenizer, ids: list[int], how: Sampling, stopped: Callable[[]
             return
         logits = reading.logits[:, : len(tokenizer)].float()  # the vocabulary may be padded
         if not logits.isfinite().all():
-            raise ValueError("logits must be finite, got NaN or infinity: the weights are broken")
+            raise NotFiniteError("logits must be finite, got NaN or infinity: the weights are broken")
         token = choose(tokens, logits)
         tokens, new = torch.cat([tokens, token[None]], 1), token.item()
         reading = yield token[None]

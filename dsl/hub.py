@@ -154,7 +154,11 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     @_no_bars()
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """As transformers', which leaves in a weight that no file has what the memory held: here a ValueError."""
+        """As transformers', which leaves in a weight that no file has what the memory held: here a ValueError.
+
+        So is a weight that the model has no place for, and one of another shape. `output_loading_info=True` leaves
+        the judgement to the caller.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info
@@ -192,7 +196,8 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits of input_ids [B, T], read after `past_key_values`, which is updated in place.
 
         attention_mask [B, S] marks the real tokens. labels [B, T] are input_ids, or -100 where no loss is wanted; the
-        loss is cross-entropy plus the routers'. Raises ValueError for shapes or a length that do not fit.
+        loss is cross-entropy plus the routers', padding left out. Raises ValueError for shapes or a length that do not
+        fit, and for padding between real tokens where a layer has a convolution.
         """
         if refused := [name for name, value in others.items() if value is not None and value is not False]:
             raise TypeError(f"DslForCausalLM does not take {', '.join(refused)}")

@@ -19,6 +19,10 @@ from dsl.config import ModelConfig, Registry
 REMADE_FROM = 8192  # rows for experts in a call, from which on memory counts for more than 4 % of the block's time
 
 
+class NotFiniteError(ValueError):
+    """Scores or logits are NaN or infinite: the weights or the input are broken."""
+
+
 @dataclass
 class Routing:
     """What a router decides."""
@@ -150,7 +154,8 @@ class TopKRouter(nn.Module):
             scores = logits.softmax(-1) if c.router_score == "softmax" else logits.sigmoid()
         # In training a non-finite step is skipped by whoever optimises, without a look at every layer here.
         if not self.training and not scores.isfinite().all():
-            raise ValueError("router scores must be finite, got NaN or infinity: the weights or the input are broken")
+            rule = "router scores must be finite, got NaN or infinity"
+            raise NotFiniteError(f"{rule}: the weights or the input are broken")
         experts, weights = choose_experts(
             scores,
             c.num_experts_per_tok,

@@ -18,6 +18,7 @@ from dsl.data import held_out_rows
 from dsl.generation import complete
 from dsl.hub import DslForCausalLM
 from dsl.interval import Interval
+from dsl.moe import NotFiniteError
 from dsl.processes import Interrupt
 from dsl.settings import Run
 
@@ -72,7 +73,7 @@ class Observer:
                 texts = self._sample()
         if measured is not None:
             self.bits_per_byte, self.measured_at = measured, step
-        if measured is not None or step % train.logging_steps == 0:
+        if last or measured is not None or step % train.logging_steps == 0:
             row = figures() | {"held_out_bits_per_byte": measured} | self.interval.close()
             row["seconds_left"] = self._seconds_left(step)
             self.loss = row["loss"]
@@ -89,7 +90,7 @@ class Observer:
         try:
             bits = evaluation.bits_per_byte(self.model.model, *self.held_out)
             problem = "" if math.isfinite(bits) else f"its loss is {bits}"
-        except ValueError as error:  # of a router that is given no finite numbers
+        except NotFiniteError as error:
             problem = str(error)
             self.model.train()
         if problem:

@@ -88,8 +88,10 @@ def _lengthened(run: Run, before: Run, start: Start) -> Start:
     return Start(path, checkpoint.read_trainer(path), back=True)
 
 
-def set_aside_later(run: Run, start: Start) -> None:
-    """Newest first: a crash between two of these leaves what the next attempt needs to come to the same end."""
+def set_aside_after(run: Run, start: Start) -> None:
+    """Steps after the start, which a longer schedule will make again; newest first, so that a crash between two leaves
+    what the next attempt needs to come to the same end.
+    """
     for step in reversed(checkpoint.steps(run.run_dir)):
         if step > start.step:
             logger.info("set aside as %s", checkpoint.set_aside(run.run_dir, step))

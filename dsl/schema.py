@@ -51,12 +51,13 @@ def suggest(name: Any, known: Iterable[str]) -> str:
 class _Loader(yaml.SafeLoader):
     """Refuses a name that is given twice in one section, of which YAML would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key.value in [earlier.value for earlier in keys[:i]]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
+            seen.add(str(key.value))
+        return node
 
 
 def read_yaml(text: str) -> Any:

@@ -68,8 +68,9 @@ def quality(curves: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
         upper.set(xlabel=label)
         lower.set(xlabel=label, xlim=(last * high, 1.01 * high) if high > 0 else None)
     late = table[table.tokens > last * table.tokens.max()].held_out_bits_per_byte
-    room = 0.05 * (late.max() - late.min())
-    axes[1, 0].set_ylim(late.min() - room, late.max() + room)
+    if len(late):
+        room = 0.05 * (late.max() - late.min())
+        axes[1, 0].set_ylim(late.min() - room, late.max() + room)
     for axis in axes[:, 0]:
         axis.set_ylabel("held-out bits per byte")
     legend(figure, ncols=3, fontsize=9)
@@ -213,10 +214,10 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
         axis.set_yticks(range(len(rows)), rows.name)
         if neutral:
             axis.set_xscale("log")
-            axis.set_xticks(ticks := [0.5, 0.7, 1, 1.5, 2, 3], map(str, ticks))
+            axis.set_xticks(at := [0.5, 0.7, 1, 1.5, 2, 3], map(str, at))
         else:
             axis.set_xscale("symlog", linthresh=0.03)
-            axis.set_xticks(ticks := [-0.3, -0.03, 0, 0.03], map(str, ticks))
+            axis.set_xticks(at := [-0.3, -0.03, 0, 0.03], map(str, at))
         axis.minorticks_off()
         side = "better \N{RIGHTWARDS ARROW}" if neutral else "\N{LEFTWARDS ARROW} better"
         axis.set_title(side, loc="right" if neutral else "left", fontsize=9)

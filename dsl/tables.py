@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tenacity
 from huggingface_hub import HfApi, close_session, constants, get_session, hf_hub_url
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from dsl.schema import DataConfig, suggest
@@ -181,9 +181,8 @@ def retrying(data: DataConfig, what: str, *, opening: bool = False) -> tenacity.
             "tokenizer=gpt2 or bpe:SIZE"
         ) from state.outcome.exception()
 
-    retry = tenacity.retry_if_exception_type((OSError, HTTPError))
-    if opening:
-        retry &= tenacity.retry_if_not_exception_type(_FINAL)
+    final = tenacity.retry_if_not_exception_type(_FINAL if opening else GatedRepoError)
+    retry = tenacity.retry_if_exception_type((OSError, HTTPError)) & final
     return tenacity.Retrying(stop=last, wait=wait, retry=retry, before_sleep=tell, retry_error_callback=give_up)
 
 
@@ -249,7 +248,10 @@ class Tables:
         self._ahead: list[Any] = []
 
     def block(self, shard: int, row: int) -> list[Any]:
-        """The rows that begin at a row of a shard; none at its end. Raises StreamError."""
+        """The rows that begin at a row of a shard; none at its end.
+
+        Raises StreamError, and ValueError for a column or a row of another kind.
+        """
         self._what = f"corpus {self._name}, shard {shard} ({self.files[shard].name}), row {row}"
         if self._at != (shard, row):
             self._reader.close()
@@ -262,7 +264,7 @@ class Tables:
                 end += 1
         except _DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"
-            raise StreamError(f"cannot read {self._what}: {reason}. Mend the file, or take it away") from error
+            raise StreamError(f"cannot read {self._what}: {reason}. Mend it, or take it away") from error
         rows, self._ahead = self._ahead[:end], self._ahead[end:]
         self._at = (shard, row + len(rows))
         return rows

@@ -268,7 +268,7 @@ def train(run: Run, *, on_log: OnLog | None = None, progress: bool = True) -> Su
                 trainer = Trainer(run, log, precision, processes, start)
                 log.open_tables(sorted(run.model.moe_layers), start.step - bool(start.due), archive=start.back)
                 if start.back and processes.first:
-                    resume.set_aside_later(run, start)
+                    resume.set_aside_after(run, start)
                 record = {"corpus": trainer.corpus.fingerprint, "precision": precision.reason}
                 log.hparams(run.to_dict(), runlog.environment() | record | {"threads": torch.get_num_threads()})
                 _describe(run)

@@ -16,7 +16,7 @@ Text = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class Body(BaseModel):
-    """What both kinds of request share. An unknown name is an error, null the default, as OpenAI's clients send it."""
+    """What both requests share. An unknown name is an error; null is the default where OpenAI's clients send it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     prompt: str = Field(max_length=20_000, description="text to continue")

@@ -119,14 +119,14 @@ SPEEDS = {
     ),
     "chunked delta rule against transformers'": "{delta-2048} times faster at 2,048 tokens",
     "a training step of `linear_moe` against transformers' models of its sizes": (
-        "as fast as: {train-mixtral} × Mixtral, {train-deepseek} × DeepseekV3, {train-qwen3-next} × Qwen3-Next, "
-        "{train-llama} × a dense Llama"
+        "{train-mixtral} times as fast as Mixtral, {train-deepseek} as DeepseekV3, {train-qwen3-next} as Qwen3-Next, "
+        "{train-llama} as a dense Llama"
     ),
     "its peak memory, 16 rows of 512 tokens at a time": (
         "{memory-mixtral} times smaller than Mixtral's, {memory-deepseek} than DeepseekV3's, {memory-qwen3-next} than "
         "Qwen3-Next's, {memory-llama} than a dense Llama's"
     ),
-    "its MoE block": "as fast as: {moe-mixtral} × Mixtral's, {moe-dense} × a dense one of its active size",
+    "its MoE block": "{moe-mixtral} times as fast as Mixtral's, {moe-dense} times as a dense one of its active size",
     "decoding at 8,192 tokens of context": "{decode-mixtral} times faster than Mixtral",
 }
 

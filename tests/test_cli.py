@@ -38,7 +38,7 @@ def refused(capsys, *words: str) -> tuple[int, str]:
         ("--json runs", "unknown option '--json'"),
         ("train --config= tiny", "give a PRESET or --config, not both"),
         ("train --config=", "cannot read .: Is a directory"),
-        ("generate --import ./mine.py", "--import ./mine.py failed: No module named './mine'"),
+        ("generate --import ./mine.py", "--import ./mine.py failed: No module named './mine.py'"),
         ("trian", "unknown command 'trian', did you mean 'train'?"),
         ("train --max-stepz 5", "unknown option '--max-stepz', did you mean --max-steps?"),
         ("train --max-step 5", "unknown option '--max-step', did you mean --max-steps?"),
@@ -193,12 +193,23 @@ def test_train_prints_its_summary_and_the_record_repeats_the_run(home, capsys):
     record = home / "logs/training/small/hparams.yaml"
     summary = result(capsys, "train", "--config", str(record))
     assert (summary["status"], summary["step"]) == ("complete", 8)
-    text = record.read_text()
-    for threads, said in ((torch.get_num_threads(), ""), (77, "hparams.yaml was made with 77 threads, this process")):
-        record.write_text(re.sub("threads: .*", f"threads: {threads}", text))
-        assert main(["train", "--config", str(record)]) == 0
-        out, err = capsys.readouterr()
-        assert "status: complete\nstep: 8\n" in out and err.startswith(said) and ("OMP" in err) == bool(said)
+
+
+def test_a_record_made_with_other_threads_is_said_before_the_run_begins(home, tmp_path, capsys):
+    record = (home / "logs/training/small/hparams.yaml").read_text()
+    for threads, said in ((torch.get_num_threads(), False), (77, True)):
+        again = tmp_path / "again.yaml"
+        again.write_text(
+            re.sub("threads: .*", f"threads: {threads}", record.replace("name: small", f"name: of-{threads}"))
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DSL_HOME", str(tmp_path))
+            for first in (True, False):
+                assert main(["train", "--config", str(again), "--stop-at-step", "1"]) == 0
+                err = capsys.readouterr().err
+                assert (
+                    ("again.yaml was made with 77 threads, this process" in err) == ("OMP" in err) == (said and first)
+                )
 
 
 def test_generate_from_prompt_file_and_stdin(home, capsys, monkeypatch):

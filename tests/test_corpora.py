@@ -385,7 +385,7 @@ def test_half_of_a_surrogate_pair_is_read_as_a_question_mark(tmp_path):
     [
         ("a.jsonl", (LINES + '{"text": "unfin').encode(), StreamError, r"a\.jsonl\), row 48: JSONDecodeError"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], StreamError, r"a\.jsonl\.gz\), row 0: EOFError"),
-        ("a.parquet", b"", StreamError, r"a\.parquet\), row 0: ArrowInvalid: .*Mend the file"),
+        ("a.parquet", b"", StreamError, r"a\.parquet\), row 0: ArrowInvalid: .*Mend it"),
         ("a.json", b'["a text", "another"]', ValueError, r"a\.json must hold JSON objects, got str in row 0"),
         ("a.jsonl", b'{"text": 1}\n' * 9, ValueError, "column must hold text, got int in 'text'"),
     ],
@@ -394,6 +394,13 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, name, raw, error, messag
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(error, match=message):
         training(open_corpus(settings(str(tmp_path), block_size=16)))
+
+
+@pytest.mark.parametrize("size", [16, 17])
+def test_a_row_of_another_kind_is_left_out_wherever_a_block_ends(tmp_path, size):
+    (tmp_path / "a.jsonl").write_text(LINES + '{"text": 1}\n')
+    corpus = open_corpus(settings(str(tmp_path), held_out=0.2, block_size=size))
+    assert len(training(corpus)) + len(corpus.held_out_documents()) == LINES.count("\n")
 
 
 def test_a_text_of_lines_without_an_empty_one_is_cut_at_lines(tmp_path):

@@ -245,6 +245,11 @@ def test_the_record_that_training_adds_is_skipped(tmp_path):
     assert Run.from_yaml(path) == preset("tiny")
 
 
+def test_sections_may_be_merged_as_yaml_merges_them():
+    text = "name: {a: &a {x: 1, y: 1}, b: &b {<<: *a, x: 2}, c: {<<: *b}}"
+    assert schema.read_yaml(text)["name"]["c"] == {"x": 2, "y": 1}
+
+
 BAD = ["a: [1", "- 1", "3", "", "train: {max_steps: 0}", "preset: tinny", "\tx: 1", "name: a\0"]
 BAD += ["name: 2026-99-99", "name: !!int x", "[" * 2000, "preset: tiny\npreset: hybrid", "train: {seed: 1, seed: 2}"]
 

@@ -198,6 +198,16 @@ def test_a_data_set_that_is_taken_away_meanwhile_is_a_fault_like_others(hub, mon
     assert torch.equal(stream.next(40), open_stream().next(40))
 
 
+def test_a_data_set_that_wants_a_login_is_asked_once(hub, monkeypatch):
+    stream = open_stream()
+    gated = lambda self, *_: self._reply(b"", 403, {"X-Error-Code": "GatedRepo"})  # noqa: E731
+    monkeypatch.setattr("hub_emulator._Handler._send_file", gated)
+    before = data_requests(hub)
+    with pytest.raises(StreamError, match="GatedRepoError"):
+        stream.next(40)
+    assert data_requests(hub) - before == 1
+
+
 def test_a_thousand_attempts_wait_no_longer_than_the_longest():
     calls, data = [], DATA.model_copy(update={"retry_attempts": 1100, "retry_longest_wait": 0.0})
 
