@@ -177,7 +177,7 @@ def test_cached_equals_uncached(exact):
 
 @torch.no_grad()
 def test_generate_is_the_same_with_and_without_cache(exact):
-    penalty = {"repetition_penalty": 5.0}  # or random weights may say one token for ever
+    penalty = {"repetition_penalty": 50.0}  # or random weights may say one token for ever
     ids, steps = tokens(2, 9), {"max_new_tokens": 9, **penalty}
     greedy = exact.generate(ids, do_sample=False, **steps)
     assert torch.equal(greedy, exact.generate(ids, do_sample=False, use_cache=False, **steps))
