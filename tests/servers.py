@@ -1,12 +1,13 @@
 """Servers for tests: an application in a thread of this process, or a command in a process of its own."""
 
+import random
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -33,8 +34,11 @@ def serving(model, tokenizer, **options) -> Iterator[str]:
 
 
 def free_port() -> int:
-    with listen("127.0.0.1", 0) as door:
-        return door.getsockname()[1]
+    """One below those that a system lends to connections: none has it when a server comes for it, seconds later."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 27_000)
+        with suppress(OSError), listen("127.0.0.1", port):
+            return port
 
 
 def wait_for(url: str, alive, seconds: float = 90) -> bytes:
