@@ -217,6 +217,7 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
             axis.set_xticks(at := [0.5, 0.7, 1, 1.5, 2, 3], map(str, at))
         else:
             axis.set_xscale("symlog", linthresh=0.03)
+            axis.margins(x=0.1)
             axis.set_xticks(at := [-0.3, -0.03, 0, 0.03], map(str, at))
         axis.minorticks_off()
         side = "better \N{RIGHTWARDS ARROW}" if neutral else "\N{LEFTWARDS ARROW} better"
