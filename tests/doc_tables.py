@@ -3,6 +3,7 @@
 A page holds `<!-- table: NAME -->`, the table, `<!-- end -->`; NAME is a function of TABLES.
 """
 
+import ast
 import json
 import re
 import sys
@@ -10,13 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import shelves
 import yaml
 
 from dsl import evaluation, settings
 from dsl.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "SCALE.md", ROOT / "docs" / "SPEED.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("CODE", "SCALE", "SPEED"))]
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -44,6 +46,17 @@ def presets() -> str:
         size = f"{cost.parameters / 1e6:.1f} M ({cost.active_parameters / 1e6:.1f} M)"
         rows.append([f"`{name}`", values["about"], size, run.model.max_position_embeddings, f"`{run.data.corpus}`"])
     return markdown("preset | what it is | parameters (active) | window | corpus", rows)
+
+
+def code() -> str:
+    """One row a file of dsl, in the order of reading: what its head says it is, and its lines of code."""
+    rows = []
+    for shelf, names in {**shelves.SHELVES, "beside them": shelves.BESIDE}.items():
+        rows.append([f"**{shelf}**", "", sum(map(shelves.code_lines, names))])
+        for name in names:
+            said = ast.get_docstring(shelves.tree(name)).partition("\n\n")[0].replace("\n", " ")
+            rows.append([f"[{name}](../dsl/{name}.py)", said, shelves.code_lines(name)])
+    return markdown("file | what it is | lines", rows)
 
 
 SMALL = settings.preset("linear_moe").model
@@ -168,6 +181,7 @@ def profile() -> str:
 
 
 TABLES = {
+    "code": code,
     "notebooks": notebooks,
     "presets": presets,
     "scale": scale,

@@ -4,34 +4,14 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import shelves
+from shelves import BESIDE, DSL, ORDER, code_lines, tree
 
-DSL = Path(__file__).resolve().parents[1] / "dsl"
-
-MODEL = ["config", "ops", "attention", "moe", "model"]
-RUN = [
-    "schema", "settings", "pydocs", "tables", "corpora", "data", "checkpoint", "hub", "generation", "optim",
-    "evaluation", "costs", "recall", "routing", "runlog", "processes", "interval", "gradients", "resume", "card",
-    "observer", "training", "report",
-]  # fmt: skip
-DOORS = [
-    "colors", "address", "plots", "expert_plots", "curves", "compare", "lens", "findings", "study_plots", "widgets",
-    "batching", "engine", "wire", "answers", "serving", "web", "playground", "study", "__main__",
-]  # fmt: skip
-ORDER = MODEL + RUN + DOORS  # a file imports only from those before it
-BESIDE = {  # read beside the rest, imported by nothing in dsl; what each may use
-    "reference": ["config", "attention", "model"],
-    "reference_moe": ["config", "moe", "model", "reference"],
-    "museum": ["config", "ops", "attention", "moe", "model", "evaluation", "routing", "reference", "reference_moe"],
-}
+MODEL = shelves.SHELVES["the model"]
 FILES = sorted(p.stem for p in DSL.glob("*.py") if p.stem != "__init__")
 LINES = 330
-
-
-def tree(name: str) -> ast.Module:
-    return ast.parse((DSL / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def imported(name: str) -> set[str]:
@@ -64,7 +44,7 @@ def test_the_model_shelf_needs_only_torch(name):
 
 
 def test_only_the_doors_know_pictures_and_servers():
-    others = set().union(*(imported(n) for n in FILES if n in MODEL + RUN))
+    others = set().union(*(imported(n) for n in FILES if n in ORDER[: ORDER.index("plots")]))
     assert not {m.partition(".")[0] for m in others} & {"matplotlib", "ipywidgets", "fastapi", "uvicorn", "gradio"}
 
 
@@ -77,14 +57,7 @@ def test_files_are_short_and_say_what_they_are(name):
 
 def test_the_model_shelf_reads_in_one_sitting():
     """At most 900 lines of code: without docstrings, comments and empty lines."""
-    code = 0
-    for name in MODEL:
-        source, said = (DSL / f"{name}.py").read_text(encoding="utf-8").splitlines(), set()
-        for node in ast.walk(tree(name)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                said |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-        code += sum(bool(line.strip()) and line.strip()[0] != "#" for i, line in enumerate(source, 1) if i not in said)
-    assert code <= 900
+    assert sum(map(code_lines, MODEL)) <= 900
 
 
 @pytest.mark.parametrize("door", ["dsl", "dsl.config", "dsl.schema", "dsl.settings", "dsl.__main__"])
@@ -105,6 +78,6 @@ def test_waiting_threads_spin_shortly_unless_the_environment_says_otherwise():
 
 def test_an_arrow_that_turns_back_is_seen(tmp_path, monkeypatch):
     (tmp_path / "ops.py").write_text("def f():\n    from dsl import model\n    import dsl.hub\n    import torch.nn\n")
-    monkeypatch.setattr(sys.modules[__name__], "DSL", tmp_path)
+    monkeypatch.setattr(shelves, "DSL", tmp_path)
     assert own("ops") == {"model", "hub"}
     assert not own("ops") <= set(MODEL[:1])
