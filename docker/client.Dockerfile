@@ -1,6 +1,7 @@
 # The web page over a REST server: dsl web. It has neither torch nor transformers. Built from the repository's root:
 #     docker build -f docker/client.Dockerfile -t dsl-client .
-# It listens on all addresses of the container, so it wants a key: docker run -e DSL_API_KEY=... (or see compose.yaml).
+# It listens on all addresses of the container, so it wants a key: docker run --init -e DSL_API_KEY=... (or see
+# compose.yaml; without --init, docker stop waits ten seconds).
 # By tag: the machine of development reaches no registry to learn the digest from.
 FROM python:3.11.14-slim-bookworm
 

@@ -1,6 +1,7 @@
 # The REST server over checkpoints that are mounted read-only: dsl serve. Built from the repository's root:
 #     docker build -f docker/model.Dockerfile -t dsl-model .
-# It listens on all addresses of the container, so it wants a key: docker run -e DSL_API_KEY=... (or see compose.yaml).
+# It listens on all addresses of the container, so it wants a key: docker run --init -e DSL_API_KEY=... (or see
+# compose.yaml; without --init, docker stop waits ten seconds while the model loads).
 # TORCH_INDEX chooses the build of torch: .../whl/cpu (default) or .../whl/cu130.
 # By tag: the machine of development reaches no registry to learn the digest from.
 FROM python:3.11.14-slim-bookworm

@@ -27,6 +27,11 @@ def key_for(host: str, published: str | None = None) -> str | None:
     return key
 
 
+def in_url(host: str) -> str:
+    """A host as a URL wants it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises OSError in one sentence, SettingsError for what is no port."""
     if not 0 <= port <= 65535:

@@ -56,7 +56,7 @@ class Answer:
                 yield self._settled(item.text), [item]
                 if self.finish == "stop":
                     return
-                if item.id == self.engine.tokenizer.eos_token_id:
+                if item.id in self.engine.ends:
                     self.finish = "stop"
             if self.held:
                 yield self.held, []
@@ -66,12 +66,12 @@ class Answer:
 
     def _settled(self, piece: str) -> str:
         self.held += piece
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.finish, self.held = "stop", self.held[: min(found)]
+        if found := [at for stop in self.stops if (at := self.held.find(stop)) >= 0]:
+            self.finish, text, self.held = "stop", self.held[: min(found)], ""
+            return text
         ends = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
-        keep = 0 if found else max(ends, default=0)  # may be the beginning of a stop text
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        sure = len(self.held) - max(ends, default=0)  # what follows may be the beginning of a stop text
+        text, self.held = self.held[:sure], self.held[sure:]
         return text
 
     @property
@@ -108,7 +108,7 @@ async def chunks(answer: Answer, body: CompletionBody, before: str, head: dict[s
     async with aclosing(answer.pieces()) as pieces:
         async for piece, tokens in pieces:
             choice = choice_of(body, before + piece, tokens, None, offset)
-            before, offset = "", offset + len(piece)
+            before, offset = "", offset + sum(len(token.text) for token in tokens)  # a piece may be held back
             yield json.dumps({**head, "choices": [choice]})
     yield json.dumps({**head, "choices": [choice_of(body, before, [], answer.finish, offset)]})
     if (body.stream_options or {}).get("include_usage"):

@@ -46,10 +46,10 @@ class Batch:
     def join(self, tokens: Tensor) -> Reading:
         """Read a prompt [1, T]; its sequence becomes the last row."""
         reading, state = read(self.core, tokens)
-        self.lengths, self.sizes = [*self.lengths, state[0].length], [*self.sizes, reading.state_bytes]
+        lengths = [*self.lengths, state[0].length]
         if self.state:
-            state = [_stacked(pair, max(self.lengths)) for pair in zip(self.state, state, strict=True)]
-        self.state = state
+            state = [_stacked(pair, max(lengths)) for pair in zip(self.state, state, strict=True)]
+        self.state, self.lengths, self.sizes = state, lengths, [*self.sizes, reading.state_bytes]
         return reading
 
     def leave(self, stay: list[int]) -> None:

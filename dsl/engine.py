@@ -9,12 +9,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dsl.batching import Batch
 from dsl.generation import Token, turns
@@ -58,7 +58,8 @@ class Engine(threading.Thread):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.waiting, self.running, self.work = deque(), [], threading.Condition()
         self.batches: dict[Batch, list[Job]] = {}
-        self.closed = False
+        self.closed, ends = False, model.generation_config.eos_token_id
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}  # as in `generation`
 
     def submit(self, job: Job) -> None:
         """Queue a request; raises Full."""
@@ -80,81 +81,77 @@ class Engine(threading.Thread):
             self.work.notify()
 
     def run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self.work:
+                    self.work.wait_for(lambda: self.waiting or self.batches or self.closed)
+                    if self.closed:
+                        break
+                    while self.waiting and len(self.running) < self.limits.running:
+                        self.running.append(self.waiting.popleft())
+                self._turn()
+        finally:  # whatever ended it, nobody waits for a thread that is no more
             with self.work:
-                self.work.wait_for(lambda: self.waiting or self.running or self.closed)
-                if self.closed:
-                    break
-                while self.waiting and len(self.running) < self.limits.running:
-                    self.running.append(self.waiting.popleft())
-            self._turn()
-        for job in (*self.running, *self.waiting):
-            job.put(Full("the server is closing"))
+                self.closed = True
+                for job in (*self.running, *self.waiting):
+                    job.put(Full("the server is closing"))
 
     @torch.inference_mode()
     def _turn(self) -> None:
         """A token for every running request. This is the thread's door, so every error is reported."""
-        begun = [job for job in self.running if self._begun(job)]
-        asked = {job: self._try(job, next, job.turns) for job in begun}
-        self._keep({job for job, tokens in asked.items() if tokens is not None})
-        going = set()
-        for batch, jobs in self.batches.items():
+        asked = {}
+        for job in self.running:
             try:
-                answers = batch.step(torch.cat([asked[job] for job in jobs]))
+                asked[job] = self._asked(job)
+            except StopIteration:
+                job.put(None)
             except Exception as error:
-                for job in jobs:
-                    self._report(job, error)
-                continue
-            for job, answer in zip(jobs, answers, strict=True):
-                if (token := self._try(job, job.turns.send, answer)) is not None:
-                    job.put(token)
-                    going.add(job)
-        self._keep(going)
+                self._fail(error, job)
+        going = []
+        for batch in [*self.batches]:
+            try:
+                going += self._step(batch, asked)
+            except Exception as error:
+                self._fail(error, *(job for job in self.batches.pop(batch) if job in asked))
         with self.work:
-            self.running = [job for job in self.running if job in going]
+            self.running = going
 
-    def _keep(self, going: set[Job]) -> None:
-        """Let the others' rows go."""
-        for batch, jobs in [*self.batches.items()]:
-            stay = [i for i, job in enumerate(jobs) if job in going]
-            batch.leave(stay)
-            self.batches[batch] = [jobs[i] for i in stay]
-            if not stay:
-                del self.batches[batch]
-
-    def _begun(self, job: Job) -> bool:
-        """Whether a request goes on; the prompt of a new one is read."""
-        if job.stop.is_set() or time.monotonic() > job.deadline:
-            done = job.stop.is_set() or job.turns is not None
-            job.put(None if done else Full("the server had no time for this request"))
-            return False
-        if job.turns is not None:
-            return True
-        try:
+    def _asked(self, job: Job) -> Tensor:
+        """The token that the model must read next for a request, whose prompt it has read. StopIteration at its end."""
+        late = time.monotonic() > job.deadline
+        if job.turns is None:
+            if late or job.stop.is_set():
+                raise Full("the server had no time for this request")
             job.turns = turns(self.model, self.tokenizer, stop=job.stop, **job.sampling)
-        except ValueError as problem:
-            job.put(problem)
-            return False
-        return self._try(job, self._joined, job) is not None
+            batch = next(filter(Batch.takes_more, self.batches), None) or Batch(self.model.model)
+            reading = batch.join(next(job.turns))
+            self.batches.setdefault(batch, []).append(job)
+            job.turns.send(reading)
+        elif late:
+            job.stop.set()  # ends its loop
+        return next(job.turns)
 
-    def _joined(self, job: Job) -> Batch:
-        prompt = next(job.turns)
-        batch = next((batch for batch in self.batches if batch.takes_more()), None) or Batch(self.model.model)
-        answer = batch.join(prompt)
-        self.batches[batch] = [*self.batches.get(batch, ()), job]
-        job.turns.send(answer)
-        return batch
+    def _step(self, batch: Batch, asked: dict[Job, Tensor]) -> list[Job]:
+        """Who of a batch goes on after reading a token; the rows of those that asked for none are let go first."""
+        stay = [i for i, job in enumerate(self.batches[batch]) if job in asked]
+        batch.leave(stay)
+        jobs = self.batches[batch] = [self.batches[batch][i] for i in stay]
+        if not jobs:
+            del self.batches[batch]
+            return []
+        going = []
+        for job, reading in zip(jobs, batch.step(torch.cat([asked[job] for job in jobs])), strict=True):
+            try:
+                job.put(job.turns.send(reading))
+                going.append(job)
+            except Exception as error:
+                self._fail(error, job)
+        return going
 
-    def _try(self, job: Job, do: Callable[..., Any], *given: Any) -> Any:
-        """What it gives; None where the request has ended or failed, which is told."""
-        try:
-            return do(*given)
-        except StopIteration:
-            job.put(None)
-        except Exception as error:
-            self._report(job, error)
-        return None
-
-    def _report(self, job: Job, error: Exception) -> None:
-        logger.error("a request failed: %s", type(error).__name__)
-        job.put(RuntimeError("the model failed on this request"))
+    def _fail(self, error: Exception, *jobs: Job) -> None:
+        for job in jobs:
+            if job.turns is None and isinstance(error, (Full, ValueError)):  # of the request, whose loop never began
+                job.put(error)
+            else:
+                logger.error("a request failed: %s", type(error).__name__)
+                job.put(RuntimeError("the model failed on this request"))

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dsl import answers, hub, settings
-from dsl.address import key_for, listen
+from dsl.address import in_url, key_for, listen
 from dsl.engine import Engine, Full, Limits
 from dsl.wire import CompletionBody, GenerateBody, Generated, Problem, Refused, invalid, refusal
 
@@ -107,6 +107,7 @@ def create_app(model, tokenizer, name: str, *, key: str | None = None, limits: L
     @app.post("/generate")
     async def generate(body: GenerateBody, request: Request) -> Generated:
         """The prompt and what the model adds to it."""
+        # only the engine counts the prompt's tokens: it may add max_length, and what goes beyond is cut by position
         answer, text = answers.Answer(engine, request, body.sampling(body.max_length)), body.prompt
         async with aclosing(answer.pieces()) as pieces:
             async for piece, tokens in pieces:
@@ -170,5 +171,6 @@ def serve(source: str, host: str, port: int, published: str | None = None) -> No
         app = create_app(model, tokenizer, name_of(source), key=key)
         quiet = {"log_level": "warning", "server_header": False, "access_log": False}
         config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=GRACE + 3, **quiet)
-        print(f"dsl: {name_of(source)} answers on http://{host}:{door.getsockname()[1]}", file=sys.stderr, flush=True)
+        url = f"http://{in_url(host)}:{door.getsockname()[1]}"
+        print(f"dsl: {name_of(source)} answers on {url}", file=sys.stderr, flush=True)
         Server(config).run(sockets=[door])

@@ -14,7 +14,7 @@ import gradio as gr
 import openai
 
 from dsl import colors
-from dsl.address import key_for, listen
+from dsl.address import in_url, key_for, listen
 from dsl.schema import SettingsError
 
 
@@ -95,7 +95,7 @@ def serve(api: str, host: str, port: int, published: str | None = None) -> None:
     with listen(host, port) as door:  # Gradio opens its own, and says less of what is wrong
         port = door.getsockname()[1]
     blocks = page(api, key).queue(default_concurrency_limit=8)
-    print(f"dsl: the page is at http://{host}:{port}, its model at {api}", file=sys.stderr, flush=True)
-    door = {"auth": lambda _, given: hmac.compare_digest(given.encode(), key.encode())} if key else {}
-    door |= {"auth_message": "Any name, and the server's key as the password."}
-    blocks.launch(server_name=host, server_port=port, quiet=True, show_error=True, **door)
+    print(f"dsl: the page is at http://{in_url(host)}:{port}, its model at {api}", file=sys.stderr, flush=True)
+    login = {"auth": lambda _, given: hmac.compare_digest(given.encode(), key.encode())} if key else {}
+    login |= {"auth_message": "Any name, and the server's key as the password."}
+    blocks.launch(server_name=in_url(host), server_port=port, quiet=True, show_error=True, **login)

@@ -88,6 +88,9 @@ def refusal(_: Any, error: AnyHTTPException) -> JSONResponse:
 
 def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
     """Every wrong field in one sentence; what was given is not repeated."""
-    places = [(".".join(map(str, e["loc"][1:])) or "body", e["msg"]) for e in error.errors()]
+    places = [
+        ("body" if e["type"] == "json_invalid" else ".".join(map(str, e["loc"][1:])) or "body", e["msg"])
+        for e in error.errors()  # where the JSON is broken, loc is a position in it
+    ]
     field = places[0][0].encode("utf-8", "replace").decode()
     return refusal(None, Refused(422, "; ".join(f"{place}: {what}" for place, what in places)[:2000], field[:200]))

@@ -28,8 +28,8 @@ def serving(model, tokenizer, **options) -> Iterator[str]:
             yield f"http://127.0.0.1:{door.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
-            app.state.engine.join(20)
+            thread.join(300)
+            app.state.engine.join(300)
         assert not thread.is_alive() and not app.state.engine.is_alive()
 
 
@@ -41,7 +41,7 @@ def free_port() -> int:
             return port
 
 
-def wait_for(url: str, alive, seconds: float = 90) -> bytes:
+def wait_for(url: str, alive, seconds: float = 300) -> bytes:
     """What the URL answers, once it does."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -62,6 +62,17 @@ def test_rows_stay_in_the_order_that_is_asked_for():
     assert batch.lengths == [7, 4] and torch.equal(batch.state[0].memory, memory.flip(0))
 
 
+@torch.inference_mode()
+def test_a_row_that_finds_no_room_leaves_the_others_as_they_were(monkeypatch):
+    batch = Batch(tiny.shell(layer_types=tiny.FULL).model)
+    batch.join(tiny.tokens(1, 4))
+    before = batch.lengths, batch.sizes, batch.state
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("dsl.batching._stacked", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        batch.join(tiny.tokens(1, 7))
+    assert all(now is then for now, then in zip((batch.lengths, batch.sizes, batch.state), before, strict=True))
+
+
 def test_a_state_that_is_not_known_stays_alone():
     class Mine:
         pass

@@ -9,6 +9,8 @@ import sys
 import threading
 from html import unescape
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -18,7 +20,7 @@ from servers import free_port, process, serving
 
 from dsl import colors, web
 from dsl.__main__ import main
-from dsl.address import key_for, listen
+from dsl.address import in_url, key_for, listen
 from dsl.generation import complete
 from dsl.settings import SettingsError
 
@@ -34,10 +36,10 @@ def test_gradio_client_gets_what_the_loop_gives():
     keyed = {"env": os.environ | {"DSL_API_KEY": "s3cret"}}
     with serving(model, tokenizer, key="s3cret") as api, process([*command, api], url, **keyed):
         values = {"data": ["a", 2, 0, 1, 0, 1]}
-        assert httpx.post(f"{url}/gradio_api/call/generate", json=values).status_code == 401, (
+        assert httpx.post(f"{url}/gradio_api/call/generate", json=values, timeout=300).status_code == 401, (
             "the key is lent to nobody"
         )
-        assert httpx.post(f"{url}/login", data={"username": "a", "password": "é"}).status_code == 400
+        assert httpx.post(f"{url}/login", data={"username": "a", "password": "é"}, timeout=300).status_code == 400
         client = Client(url, verbose=False, auth=("anybody", "s3cret"))
         html, status = client.predict("a <b>", 12, 0.7, 0.9, 3, 1, api_name="/generate")[:2]
         client.close()
@@ -79,6 +81,22 @@ def test_what_others_can_reach_wants_a_key(monkeypatch, host):
     assert key_for(host, "127.0.0.1") is key_for("localhost") is key_for("::1") is None
     monkeypatch.setenv("DSL_API_KEY", "s3cret")
     assert key_for(host) == key_for("127.0.0.1") == "s3cret"
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("localhost", "localhost")])
+def test_what_is_printed_is_an_address(host, shown):
+    assert in_url(host) == shown and urlsplit(f"http://{in_url(host)}:8000").hostname == host
+
+
+def test_the_page_starts_on_an_ipv6_address(monkeypatch, capsys):
+    """Gradio asks its own server at the name that it is given, so that must suit a URL."""
+    launched = {}
+    page = SimpleNamespace(queue=lambda **_: page, launch=lambda **how: launched.update(how))
+    monkeypatch.setattr(web, "page", lambda *_: page)
+    monkeypatch.setattr(web, "listen", lambda *_: listen("127.0.0.1", 0))  # where there is no IPv6, too
+    web.serve("http://127.0.0.1:1", "::1", 0)
+    assert launched["server_name"] == "[::1]" and "auth" not in launched
+    assert f"at http://[::1]:{launched['server_port']}, " in capsys.readouterr().err
 
 
 def test_a_port_that_cannot_be_had_is_one_error(capsys):
