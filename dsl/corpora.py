@@ -199,10 +199,11 @@ class TableCorpus(Corpus):
         self.shards = len(self._tables.files)
         shards = [(file.name, file.size, file.content) for file in files]
         how = ["whole articles"] if join else []
+        how += ["rows are bytes"] if any(file.unit == "byte" for file in self._tables.files) else []
         self.fingerprint = digest(name, shards, column, data.held_out, data.fraction, data.block_size, *how)
 
     def _documents(self, shard: int, row: int) -> tuple[list[tuple[str, bool]], int] | None:
-        rows = self._tables.block(shard, row)
+        rows, following = self._tables.block(shard, row)
         texts = [text for text in rows if isinstance(text, str)]
         other = {type(value).__name__ for value in rows if value is not None}
         if row == 0 and other and not texts:
@@ -210,7 +211,7 @@ class TableCorpus(Corpus):
         if self._join:
             texts = _ARTICLE.split("".join(texts))
         marked = [(text, _place(text) < self._data.held_out) for text in texts if text.strip()]
-        return (marked, row + len(rows)) if rows else None
+        return (marked, following) if rows else None
 
     def block(self, shard: int, row: int) -> tuple[list[str], int] | None:
         found = self._documents(shard, row)

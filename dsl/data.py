@@ -157,8 +157,7 @@ class _Encoded:
 class TokenStream:
     """Rows of tokens without end, in an order of its own: shards, and documents of a block, permuted in each epoch.
 
-    The order follows from the seed and the epoch alone. `epoch` counts from 0; `documents` is the number read to
-    their end.
+    The order follows from the seed and the epoch alone. `epoch` counts from 0.
     """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, data: DataConfig, seed: int, length: int):
@@ -169,25 +168,24 @@ class TokenStream:
         else:
             self._source = corpus
             self._encode = lambda texts: _encode(tokenizer, texts)
-        self._begin(seed, {"place": (0, 0, 0, 0), "offset": 0, "documents": 0})
+        self._begin(seed, {"place": (0, 0, 0, 0), "offset": 0})
         self._pool, self._taken, self._before = torch.empty(0, length + 1).long(), 0, self._cursor()
 
     def _begin(self, seed: int, cursor: dict[str, Any]) -> None:
-        self._seed, self._place = seed, tuple(cursor["place"])
-        self._offset, self.documents = cursor["offset"], cursor["documents"]
+        self._seed, self._place, self._offset = seed, tuple(cursor["place"]), cursor["offset"]
         self._read: Iterator[tuple[Place, np.ndarray]] = self._documents(*self._place)
         self._held: deque[tuple[Place, np.ndarray]] = deque()
 
     def _cursor(self) -> dict[str, Any]:
-        return {"place": list(self._place), "offset": self._offset, "documents": self.documents}
+        return {"place": list(self._place), "offset": self._offset}
 
-    def _pool_start(self) -> dict[str, Any]:
-        """The cursor of the pool that the next row comes from."""
-        return self._cursor() if self._taken == len(self._pool) else self._before
+    def _used_up(self) -> None:
+        """No pool: the next one begins where the reader stands."""
+        self._pool, self._taken, self._before = self._pool[:0], 0, self._cursor()
 
     @property
     def epoch(self) -> int:
-        return self._pool_start()["place"][0]
+        return self._before["place"][0]
 
     def _order(self, count: int, *of: int) -> np.ndarray:
         """A permutation that depends on the seed and on what it is of (RandomState is frozen for all times)."""
@@ -224,10 +222,12 @@ class TokenStream:
         parts, missing = [], rows
         try:
             while missing:
-                if self._taken == len(self._pool):
+                if not len(self._pool):
                     self._fill(self._data.shuffle_rows)
                 parts.append(self._pool[self._taken : self._taken + missing])
                 self._taken, missing = self._taken + len(parts[-1]), missing - len(parts[-1])
+                if self._taken == len(self._pool):
+                    self._used_up()
         except BaseException:  # whatever it was, the reader is spent; the next call begins again at the same place
             self._pool, self._taken, self._before = was
             self._begin(self._seed, cursor)
@@ -245,7 +245,6 @@ class TokenStream:
         self._offset += want - 1
         while self._offset >= len(self._held[0][1]):
             self._offset -= len(self._held.popleft()[1])
-            self.documents += 1
         self._place = self._held[0][0]
         order = torch.from_numpy(self._order(rows, *before["place"], before["offset"]))
         self._pool = torch.from_numpy(flat).unfold(0, self.length + 1, self.length)[order]
@@ -253,10 +252,8 @@ class TokenStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pool of rows begins, its size, and how many of its rows are gone, in plain values."""
-        pool, taken = (0, 0) if self._taken == len(self._pool) else (len(self._pool), self._taken)
-        name, fingerprint = self.corpus.name, self.corpus.fingerprint
-        cursor = {**self._pool_start(), "pool": pool, "taken": taken}
-        return {"corpus": name, "fingerprint": fingerprint, "seed": self._seed, **cursor}
+        of = {"corpus": self.corpus.name, "fingerprint": self.corpus.fingerprint, "seed": self._seed}
+        return {**of, **self._before, "pool": len(self._pool), "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly where that state was taken, under its seed.
@@ -265,7 +262,7 @@ class TokenStream:
         """
         if state["fingerprint"] == self.corpus.fingerprint:
             self._begin(state["seed"], state)
-            self._pool, self._taken, self._before = self._pool[:0], 0, self._cursor()
+            self._used_up()
             if rows := state.get("pool", self._data.shuffle_rows):
                 self._fill(rows)
                 self._taken = state["taken"]

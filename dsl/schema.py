@@ -181,7 +181,7 @@ class TrainConfig(Section):
     lr_scheduler_type: Literal["cosine", "one_cycle", "wsd", "constant"] = _of("cosine", "learning rate's shape")
     min_lr_ratio: float = _of(0.0, "last learning rate over the highest", ge=0, le=1)
     decay_share: float = _of(0.5, "share of max_steps in which wsd decays", gt=0, le=1)
-    per_device_train_batch_size: int = _of(8, "rows of a micro-batch, shared by all processes", ge=1)
+    per_device_train_batch_size: int = _of(8, "rows of a micro-batch of all processes, unlike transformers'", ge=1)
     gradient_accumulation_steps: int = _of(1, "micro-batches of a step", ge=1)
     save_total_limit: int = _of(3, "checkpoints kept, beside the best", ge=1)
     seed: int = _of(0, "of weights, data order and samples", ge=0, lt=2**63)

@@ -1,7 +1,8 @@
 """Sharded data sets, read from any row on: parquet and JSON, on the Hugging Face hub or on the disk.
 
 Gives rows at a (shard, row) that the caller names; knows nothing of tokens, of order or of a run's place. Parquet is
-entered at the row group that holds the row, because an iterator that has to replay the shard takes minutes to resume.
+entered at the row group that holds the row, and .jsonl at the byte that is the row, because an iterator that has to
+replay the shard takes minutes to resume.
 On the hub one request names the files and their revision, and a read is one range request, which is retried here and
 nowhere else: the clients' own retries would multiply with ours, and an attempt that repeats more could never succeed
 on a bad line.
@@ -18,7 +19,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Generator
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -38,6 +39,7 @@ _DAMAGED = (OSError, EOFError, zlib.error, pa.ArrowInvalid, json.JSONDecodeError
 _ROWS = 256  # that are decoded at a time
 _JITTER = random.Random()  # its own, so that a fault leaves a run's random state as it is
 Retry = Callable[..., Any]  # calls a function with arguments, as often as it takes
+Reader = Generator[list[tuple[int, Any]], None, None]
 
 
 class StreamError(RuntimeError):
@@ -51,6 +53,11 @@ class File(NamedTuple):
     size: int
     content: str
     open: Callable[[Retry], io.IOBase]
+
+    @property
+    def unit(self) -> str:
+        """What its rows are numbered by: lines that can be entered anywhere, by the byte where they begin."""
+        return "byte" if self.name.endswith(".jsonl") else "row"
 
 
 class HubFile(io.RawIOBase):
@@ -101,10 +108,12 @@ def hub_files(repository: str, config: str | None, data: DataConfig) -> list[Fil
         listed = [{"split": split, "path": path} for split, path in listed.items()]
     patterns: list[str] = []
     for item in [listed] if isinstance(listed, str) else listed:
-        paths = item["path"] if isinstance(item, dict) and item.get("split") == "train" else item
-        patterns += [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []
-    patterns = [posixpath.normpath(posixpath.join(entry.get("data_dir") or "", pattern)) for pattern in patterns]
-    files = [file for file in found if any(_matches(file.name, pattern) for pattern in patterns)]
+        part = {"split": "train", "path": item} if isinstance(item, str) else item
+        if part.get("split") == "train":
+            patterns += [part["path"]] if isinstance(part["path"], str) else part["path"]
+    folder = entry.get("data_dir") or ""
+    patterns = [posixpath.normpath(posixpath.join(folder, pattern)).split("/") for pattern in patterns]
+    files = [file for file in found if any(_matches(file.name.split("/"), pattern) for pattern in patterns)]
     if not files:
         converted: dict[str, list[File]] = {}
         for file in _listing(repository, "refs/convert/parquet", data)[0]:
@@ -121,10 +130,13 @@ def _first(names: dict[str, Any]) -> str | None:
     return "default" if "default" in names else next(iter(names), None)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a card's pattern means a file: of its stars only two in a row reach into further folders."""
-    deep = "**" in pattern or name.count("/") == pattern.count("/")
-    return deep and fnmatch(name, pattern.replace("**/", "*"))
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    """Whether a card's pattern means a file, part by part: of its stars only `**` stands for any number of parts."""
+    if not name or not pattern:
+        return not name and set(pattern) <= {"**"}
+    if pattern[0] == "**":
+        return _matches(name, pattern[1:]) or _matches(name[1:], pattern)
+    return fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
 
 
 def _listing(repository: str, revision: str | None, data: DataConfig) -> tuple[list[File], dict[str, dict]]:
@@ -186,13 +198,13 @@ def retrying(data: DataConfig, what: str, *, opening: bool = False) -> tenacity.
     return tenacity.Retrying(stop=last, wait=wait, retry=retry, before_sleep=tell, retry_error_callback=give_up)
 
 
-def _rows(file: File, retry: Retry, column: str, row: int, share: float) -> Generator[list[Any], None, None]:
-    """Values of a column from a row on, some at a time; of parquet only the first share of the rows."""
+def _rows(file: File, retry: Retry, column: str, row: int, share: float) -> Reader:
+    """Values of a column from a row on, each behind the next one's row; of parquet only the first share of all rows."""
     with file.open(retry) as raw:
         if file.name.endswith(".parquet"):
             table = pq.ParquetFile(raw, buffer_size=_PART, pre_buffer=False)
             _check_column(column, table.schema_arrow.names, file)
-            left = round(share * table.metadata.num_rows) - row
+            at, end = row, round(share * table.metadata.num_rows)
             for group in range(table.num_row_groups):
                 if row < table.metadata.row_group(group).num_rows:
                     break
@@ -202,25 +214,30 @@ def _rows(file: File, retry: Retry, column: str, row: int, share: float) -> Gene
             # no threads: one that still reads when the interpreter ends would abort it
             rest = range(group, table.num_row_groups)
             for batch in table.iter_batches(_ROWS, row_groups=rest, columns=[column], use_threads=False):
-                values = batch.column(0)[row : row + max(left, 0)].to_pylist()
-                row, left = max(0, row - len(batch)), left - len(values)
-                yield values
-                if left <= 0:
+                values = batch.column(0)[row : row + max(end - at, 0)].to_pylist()
+                yield list(enumerate(values, at + 1))
+                row, at = max(0, row - len(batch)), at + len(values)
+                if at >= end:
                     return
             return
         lines = io.BufferedReader(gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw, _PART)
         if lines.peek(1).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
-            records = iter(json.load(lines)[row:])
+            records = enumerate(json.load(lines)[row:], row + 1)
+        elif file.unit == "byte":
+            lines.seek(row)
+            records = ((lines.tell(), json.loads(line)) for line in filter(bytes.strip, lines))
         else:  # what comes before the row is read, and not parsed
-            records = map(json.loads, itertools.islice(filter(bytes.strip, lines), row, None))
-        for at, record in enumerate(records, row):
+            records = enumerate(map(json.loads, itertools.islice(filter(bytes.strip, lines), row, None)), row + 1)
+        for following, record in records:
             if not isinstance(record, dict):
-                raise ValueError(f"{file.name} must hold JSON objects, got {type(record).__name__} in row {at}")
-            if at == 0:
+                kind = type(record).__name__
+                raise ValueError(f"{file.name} must hold JSON objects, got {kind} in {file.unit} {row}")
+            if row == 0:
                 _check_column(column, record, file)
             value = record.get(column)
             # half of a surrogate pair is JSON, and no Unicode
-            yield [value.encode("utf-8", "replace").decode() if isinstance(value, str) else value]
+            yield [(following, value.encode("utf-8", "replace").decode() if isinstance(value, str) else value)]
+            row = following
 
 
 def _check_column(column: str, known: Any, file: File) -> None:
@@ -240,19 +257,20 @@ class Tables:
     def __init__(
         self, name: str, files: list[File], column: str, data: DataConfig, begins: Callable[[Any], Any] | None = None
     ):
-        self._begins, share = begins, data.fraction * len(files)
+        self._begins = begins
+        share = float(f"{data.fraction * len(files):.12g}")  # 0.07 of 100 files is 7.000000000000001, and they are 7
         self.shares = [min(1.0, share - i) for i in range(len(files)) if share > i]
         self.files, self._name, self._column, self._data = files[: len(self.shares)], name, column, data
         self._at: tuple[int, int] | None = None  # where the open reader stands
-        self._reader: Generator[list[Any], None, None] = (each for each in ())
-        self._ahead: list[Any] = []
+        self._reader: Reader = (each for each in ())
+        self._ahead: list[tuple[int, Any]] = []
 
-    def block(self, shard: int, row: int) -> list[Any]:
-        """The rows that begin at a row of a shard; none at its end.
+    def block(self, shard: int, row: int) -> tuple[list[Any], int]:
+        """The rows that begin at a row of a shard, none at its end, and the row of the next block.
 
         Raises StreamError, and ValueError for a column or a row of another kind.
         """
-        self._what = f"corpus {self._name}, shard {shard} ({self.files[shard].name}), row {row}"
+        self._what = f"corpus {self._name}, shard {shard} ({self.files[shard].name}), {self.files[shard].unit} {row}"
         if self._at != (shard, row):
             self._reader.close()
             self._ahead = []
@@ -260,14 +278,14 @@ class Tables:
         self._at, end = None, self._data.block_size  # an error leaves it so, and the next call opens the shard again
         try:
             self._read(end)
-            while self._begins and self._read(end + 1) and not self._begins(self._ahead[end]):
+            while self._begins and self._read(end + 1) and not self._begins(self._ahead[end][1]):
                 end += 1
         except _DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"
             raise StreamError(f"cannot read {self._what}: {reason}. Mend it, or take it away") from error
         rows, self._ahead = self._ahead[:end], self._ahead[end:]
-        self._at = (shard, row + len(rows))
-        return rows
+        self._at = (shard, rows[-1][0] if rows else row)
+        return [value for _, value in rows], self._at[1]
 
     def _read(self, count: int) -> bool:
         """Until so many rows are ahead; whether the shard has them."""

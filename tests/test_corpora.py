@@ -1,6 +1,7 @@
 """Corpora: what becomes a document, what is held out, and one clear message for what is not there."""
 
 import gzip
+import itertools
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 from hub_emulator import Hub, write_dataset
 
 from dsl import pydocs
-from dsl.corpora import StreamError, ngram_overlap, open_corpus
+from dsl.corpora import StreamError, digest, ngram_overlap, open_corpus
 from dsl.settings import DataConfig
+from dsl.tables import File, Tables
 
 ROOT = Path(__file__).parents[1]
 SOURCE = '''
@@ -147,9 +149,9 @@ def test_rows_are_those_that_the_library_datasets_reads(tmp_path, monkeypatch, k
     theirs = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
     expected = [row["text"] for row in theirs]
     tables = open_corpus(settings(f"local:{tmp_path / 'data'}", block_size=40))._tables
-    ours = [text for shard in range(3) for row in range(0, 132, 40) for text in tables.block(shard, row)]
+    ours = [text for shard in range(3) for row in range(0, 132, 40) for text in tables.block(shard, row)[0]]
     assert ours == expected and len(ours) == 396
-    assert tables.block(1, 101) == expected[132 + 101 :][:31]
+    assert tables.block(1, 101) == (expected[132 + 101 :][:31], 132)
     tables.close()
 
 
@@ -184,6 +186,11 @@ def write_table(path: Path, texts: list[str]) -> None:
 def test_tables_give_the_same_documents_from_any_row(tmp_path, name):
     texts = numbered(100)
     write_table(tmp_path / name, texts)
+
+    def at(row: int) -> int:
+        lines = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        return sum(map(len, lines[:row])) if name.endswith(".jsonl") else row
+
     data = settings(f"local:{tmp_path / name}", column="body", held_out=0.1, block_size=16)
     corpus = open_corpus(data)
     kept = corpus.held_out_documents()
@@ -191,8 +198,8 @@ def test_tables_give_the_same_documents_from_any_row(tmp_path, name):
     again = open_corpus(data)
     for row in (48, 0, 99, 33, 7, 100):
         expected = None if row == 100 else [text for text in texts[row : row + 16] if text not in kept]
-        found = again.block(0, row)
-        assert found == (expected and (expected, min(row + 16, 100)))
+        found = again.block(0, at(row))
+        assert found == (expected and (expected, at(min(row + 16, 100))))
 
 
 def test_fraction_is_the_first_share_of_the_shards_and_of_the_rows_in_the_last(tmp_path):
@@ -201,6 +208,15 @@ def test_fraction_is_the_first_share_of_the_shards_and_of_the_rows_in_the_last(t
     corpus = open_corpus(settings(str(tmp_path), column="body", fraction=0.6, held_out=0.02))
     kept = [text for text in numbered(50, 0) + numbered(50, 1) + numbered(50, 2)[:20] if text in training(corpus)]
     assert corpus.shards == 3 and training(corpus) == kept and len(kept) > 100
+
+
+def test_a_fraction_of_files_is_not_rounded_to_one_more():
+    file, data = File("a.json", 0, "", None), settings("pydocs")
+    for percent, count in itertools.product(range(1, 101), range(1, 200)):
+        shares = Tables("a", [file] * count, "text", data.model_copy(update={"fraction": percent / 100})).shares
+        assert len(shares) == -(-percent * count // 100) and sum(shares) == pytest.approx(percent * count / 100)
+        assert set(shares[:-1]) <= {1.0} and (percent * count % 100 or shares[-1] == 1)
+    assert len(Tables("a", [file], "text", data.model_copy(update={"fraction": 1e-15})).shares) == 1
 
 
 @pytest.mark.parametrize("where", ["local", "hub"])
@@ -280,6 +296,53 @@ def test_a_card_names_its_training_files_in_many_ways(hub, entry, expected):
             open_corpus(settings("hf:some/body:mine"))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**/train-*.jsonl", [f"{folder}train-0.jsonl" for folder in ("data/en/", "data/", "data2/", "")]),
+        ("**/data/**/train-*.jsonl", ["data/en/train-0.jsonl", "data/train-0.jsonl"]),
+        ("data/**/train-?.jsonl", ["data/en/train-0.jsonl", "data/train-0.jsonl"]),
+        ("data/**", ["data/en/pretrain-0.jsonl", "data/en/train-0.jsonl", "data/train-0.jsonl"]),
+        ("**/data/*", ["data/train-0.jsonl"]),
+        ("data/train-*", ["data/train-0.jsonl"]),
+        ("data*/train-[0-9].jsonl", ["data/train-0.jsonl", "data2/train-0.jsonl"]),
+        ("*.jsonl", ["train-0.jsonl"]),
+    ],
+)
+def test_a_star_stays_in_its_folder_and_two_stand_for_whole_ones(hub, pattern, expected):
+    folder = hub.folder / "some" / "body"
+    for name in ("train-0", "data/train-0", "data2/train-0", "data/en/train-0", "data/en/pretrain-0"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jsonl").write_text(LINES)
+    files = [{"split": "test", "path": "**"}, {"split": "train", "path": [pattern]}]
+    (folder / "card.json").write_text(json.dumps({"configs": [{"data_files": files}]}))
+    assert [file.name for file in open_corpus(settings("hf:some/body"))._tables.files] == expected
+
+
+def test_a_resume_amid_json_lines_reads_no_more_than_what_follows(hub, monkeypatch):
+    monkeypatch.setattr("dsl.tables._PART", 1000)
+    (hub.folder / "some" / "body").mkdir(parents=True)
+    (hub.folder / "some" / "body" / "train.jsonl").write_text(LINES * 40)
+    data = settings("hf:some/body", block_size=100)
+    whole, row = open_corpus(data), 0
+    for _ in range(15):
+        _, row = whole.block(0, row)
+    expected, before = whole.block(0, row), len(hub.requests)
+    assert open_corpus(data).block(0, row) == expected
+    spans = [span.removeprefix("bytes=").split("-") for _, span in hub.requests[before:] if span]
+    assert sum(int(last) + 1 - int(first) for first, last in spans) < 12_000 < row
+
+
+def test_a_row_that_an_older_checkpoint_counted_is_taken_for_no_byte(tmp_path):
+    """Where the place in a shard is a byte, the fingerprint says so; elsewhere it is what it always was."""
+    for name in ("a.parquet", "a.json", "a.jsonl.gz", "a.jsonl"):
+        write_table(tmp_path / name, numbered(9))
+        corpus = open_corpus(settings(f"local:{tmp_path / name}", column="body"))
+        shards = [(file.name, file.size, file.content) for file in corpus._tables.files]
+        counted = digest(name, shards, "body", 0.01, 1.0, 1024)
+        assert (corpus.fingerprint == counted) == (name != "a.jsonl")
+
+
 def test_a_data_set_without_a_card_is_read_as_the_hub_converted_it(hub):
     (hub.folder / "some" / "body").mkdir(parents=True)
     (hub.folder / "some" / "body" / "data.csv").write_text("text\nnot read\n")
@@ -356,6 +419,7 @@ def test_unusable_local_files_are_named(tmp_path):
 
 
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in numbered(50))
+BYTE = sum(map(len, LINES.splitlines(keepends=True)[:48]))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +436,8 @@ def test_json_as_it_is_found(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     corpus = open_corpus(settings(str(tmp_path), held_out=0.1, block_size=16))
     assert sorted(training(corpus) + corpus.held_out_documents()) == sorted(numbered(50))
-    assert corpus.block(0, 32) == open_corpus(settings(str(tmp_path), held_out=0.1, block_size=16)).block(0, 32)
+    row = corpus.block(0, 0)[1]
+    assert corpus.block(0, row) == open_corpus(settings(str(tmp_path), held_out=0.1, block_size=16)).block(0, row)
 
 
 def test_half_of_a_surrogate_pair_is_read_as_a_question_mark(tmp_path):
@@ -383,7 +448,7 @@ def test_half_of_a_surrogate_pair_is_read_as_a_question_mark(tmp_path):
 @pytest.mark.parametrize(
     ("name", "raw", "error", "message"),
     [
-        ("a.jsonl", (LINES + '{"text": "unfin').encode(), StreamError, r"a\.jsonl\), row 48: JSONDecodeError"),
+        ("a.jsonl", (LINES + '{"text": "unfin').encode(), StreamError, rf"a\.jsonl\), byte {BYTE}: JSONDecodeError"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], StreamError, r"a\.jsonl\.gz\), row 0: EOFError"),
         ("a.parquet", b"", StreamError, r"a\.parquet\), row 0: ArrowInvalid: .*Mend it"),
         ("a.json", b'["a text", "another"]', ValueError, r"a\.json must hold JSON objects, got str in row 0"),
