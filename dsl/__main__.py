@@ -269,8 +269,10 @@ def _complain(error: BaseException, code: int) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command (`sys.argv` by default) and return its exit code; SystemExit where argparse ends it."""
     given = sys.argv[1:] if arguments is None else arguments
-    words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in given]
     top, parsers = _parser()
+    flags = {flag: flag for parser in parsers.values() for flag in parser._option_string_actions}
+    # --max_steps is --max-steps; a word that is no option, such as a prompt, stays as it is.
+    words = [re.sub("^--[^=]+", lambda name: flags.get(name[0].replace("_", "-"), name[0]), word) for word in given]
     if words and words[0] not in parsers and not words[0].startswith("-"):
         top.error(f"unknown command {words[0]!r}{suggest(words[0], parsers)}")
     options, unknown = top.parse_known_args(words)

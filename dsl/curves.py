@@ -3,6 +3,8 @@
 Reads metrics.csv and generations.csv, also those of a run that died; never touches a model or a trainer.
 """
 
+import csv
+import io
 import math
 from pathlib import Path
 
@@ -10,16 +12,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from dsl import runlog
 from dsl.plots import COLORS
 from dsl.schema import TrainConfig
 
 
 def metrics(log_dir: Path) -> pd.DataFrame:
     """The rows of metrics.csv, complete ones only. Raises FileNotFoundError where a run has written none."""
-    path = Path(log_dir) / "metrics.csv"
-    if not path.exists() or not path.read_text("utf-8", "replace").strip():
+    text = runlog.complete(Path(log_dir) / "metrics.csv")
+    if not text.strip():
         raise FileNotFoundError(f"no metrics.csv in {log_dir}: the run has not logged a step yet")
-    return pd.read_csv(path).dropna(subset=["step", "loss"])
+    table = pd.read_csv(io.StringIO(text))
+    return table.astype({name: str for name in table if name.startswith("load_")})  # that of one expert is a number
 
 
 def load(table: pd.DataFrame) -> dict[int, np.ndarray]:
@@ -72,8 +76,13 @@ def training(
 
 
 def expert_load(table: pd.DataFrame) -> plt.Figure:
-    """Share of tokens of each expert over the steps, one heat map a layer; white is the even share."""
+    """Share of tokens of each expert over the steps, one heat map a layer; white is the even share.
+
+    Raises ValueError where there are none.
+    """
     layers = load(table)
+    if not layers:
+        raise ValueError("table must have columns load_0, load_1, ..., got none: the run has no experts")
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(max(4.5, 3 * columns), 0.8 + 1.7 * rows), squeeze=False)
@@ -91,7 +100,8 @@ def expert_load(table: pd.DataFrame) -> plt.Figure:
 
 
 def texts(log_dir: Path) -> pd.DataFrame:
-    """What the run wrote for each prompt: one row a prompt, one column a sampled step."""
-    table = pd.read_csv(Path(log_dir) / "generations.csv", keep_default_na=False)
+    """What the run wrote for each prompt: one row a prompt, one column a sampled step; empty before the first."""
+    rows = [*csv.reader(io.StringIO(runlog.complete(Path(log_dir) / "generations.csv")))][1:]
+    table = pd.DataFrame(rows, columns=[*runlog.GENERATION_COLUMNS]).astype({"step": int})
     table = table.drop_duplicates(["step", "prompt"], keep="last").assign(text=lambda t: t.text.str[:240])
     return table.pivot(index="prompt", columns="step", values="text").reindex(table.prompt.unique())

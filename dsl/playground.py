@@ -23,7 +23,7 @@ PAUSE = 0.1  # seconds between two updates of the screen, at least
 
 
 def places() -> list[tuple[str, str]]:
-    """(name, folder) of every step of every run at home, newest step first; then those of the demo."""
+    """(name, folder) of every step of the demo, then of every run at home; the newest step of each first."""
     runs = [path for path in sorted((settings.home() / "checkpoints").glob("*")) if path.is_dir()]
     demo = settings.find_run("demo")
     runs = [demo, *(run for run in runs if run != demo)] if demo else runs
@@ -34,7 +34,8 @@ def places() -> list[tuple[str, str]]:
 def load_so_far(tokens: Sequence[Token], experts: int) -> Tensor:
     """How often each expert was chosen, [L, E] int64."""
     chosen = torch.stack([token.experts for token in tokens]).transpose(0, 1).flatten(1)
-    return torch.stack([row.bincount(minlength=experts) for row in chosen]) if len(chosen) else torch.empty(0, experts)
+    counts = [row.bincount(minlength=experts) for row in chosen]
+    return torch.stack(counts) if counts else chosen.new_empty(0, experts)
 
 
 def text_html(prompt: str, tokens: Sequence[Token], layer: int = 0) -> str:
@@ -84,7 +85,7 @@ class Panel:
 
     def begin(self, prompt: str, stop: threading.Event, sampling: dict) -> None:
         """Load what is chosen and start. Raises CheckpointError, ValueError."""
-        self.prompt, self.tokens, self.end = prompt, [], "loading"
+        self.prompt, self.tokens, self.end, self.load.value = prompt, [], "loading", ""
         self.draw()
         source = self.source.value
         if not source:
@@ -187,14 +188,16 @@ class Playground:
 
     def _run(self, prompt: str, sampling: dict) -> None:
         going = [panel for i, panel in enumerate(self.panels) if i == 0 or panel.source.value]
-        for panel in going:
-            self._guard(panel, lambda panel=panel: panel.begin(prompt, self._stop, sampling))
-        while going := [panel for panel in going if panel.end == "running"]:
-            for panel in going:  # a token each, in turn
-                if not self._guard(panel, panel.advance) and panel.end == "running":
-                    panel.end = "stopped" if self._stop.is_set() else "done"
-                    panel.draw()
-        self.halt.disabled, self.go.disabled = True, False
+        try:
+            for panel in going:
+                self._guard(panel, lambda panel=panel: panel.begin(prompt, self._stop, sampling))
+            while going := [panel for panel in going if panel.end == "running"]:
+                for panel in going:  # a token each, in turn
+                    if not self._guard(panel, panel.advance) and panel.end == "running":
+                        panel.end = "stopped" if self._stop.is_set() else "done"
+                        self._guard(panel, panel.draw)
+        finally:
+            self.halt.disabled, self.go.disabled = True, False
 
     @staticmethod
     def _guard(panel: Panel, step):
@@ -202,4 +205,4 @@ class Playground:
             return step()
         except Exception as error:  # a thread's errors are seen by nobody but here
             panel.end = f"error: {error}" if isinstance(error, ValueError | RuntimeError) else f"error: {error!r}"
-            panel.draw()
+            panel.status.value = escape(panel.end)

@@ -4,6 +4,7 @@ Knows models, corpora and folders; nothing of terminals or notebooks, which show
 """
 
 import csv
+import io
 import statistics
 import time
 from collections.abc import Callable
@@ -52,11 +53,9 @@ def forecast(run: Run) -> dict[str, str]:
 
 
 def _step_seconds(run: Run) -> tuple[float, str]:
-    if (path := run.log_dir / "metrics.csv").exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            logged = [float(row["step_seconds"]) for row in csv.DictReader(file) if row.get("step_seconds")]
-        if logged:
-            return statistics.median(logged[-5:]), "as the run's log says"
+    rows = csv.DictReader(io.StringIO(runlog.complete(run.log_dir / "metrics.csv")))
+    if logged := [float(row["step_seconds"]) for row in rows if row.get("step_seconds")]:
+        return statistics.median(logged[-5:]), "as the run's log says"
     train, precision, length = run.train, optim.precision(run.train.precision), run.model.max_position_embeddings
     rows = train.per_device_train_batch_size
     if precision.device.type == "cpu":

@@ -7,6 +7,7 @@ is in these files, flushed row by row, so closing a browser or killing a kernel 
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import platform
@@ -142,14 +143,22 @@ def _text(value: Any) -> str:
     return "" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
+def complete(path: Path) -> str:
+    """The text of a table, less a last row that a kill or a full disk cut short; empty where there is no file."""
+    if not path.exists():
+        return ""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a row may end inside a character
+        text = file.read()
+    end = text.rfind("\n") + 1
+    while text.count('"', 0, end) % 2:  # a line that ends in quotes ends no row
+        end = text.rfind("\n", 0, end - 1) + 1
+    return text[:end]
+
+
 def _reopen(path: Path, header: tuple[str, ...], step: int, archive: bool):
     """Open a table to append after `step`; a table with another header is set aside under a new name."""
-    old = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:  # a row may end inside a character
-            old = list(csv.reader(file))
+    old = list(csv.reader(io.StringIO(complete(path))))
     same = bool(old) and tuple(old[0]) == header
-    # A row that a kill cut short has too few fields, or a step beyond any checkpoint.
     keep = [row for row in old[1:] if len(row) == len(header) and int(row[0]) <= step] if same else []
     if old and (not same or (archive and len(keep) < len(old) - 1)):
         names = (path.with_name(f"{path.stem}.old-{n}.csv") for n in range(1, sys.maxsize))
@@ -200,7 +209,7 @@ def duration(seconds: float) -> str:
 def progress(row: Mapping[str, Any], last: int) -> str:
     """One line for people: step, loss, held-out bits per byte, learning rate, tokens/s, time left."""
     held_out = row.get("held_out_bits_per_byte")
-    measured = "" if held_out is None else f"  held-out {held_out:.3f} bits/byte"
+    measured = "" if held_out is None or held_out != held_out else f"  held-out {held_out:.3f} bits/byte"
     return (
         f"step {row['step']}/{last}  loss {row['loss']:.4f}{measured}  lr {row['lr']:.2e}  "
         f"{row['tokens_per_second']:,.0f} tokens/s  {duration(row['seconds_left'])} left"

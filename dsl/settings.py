@@ -76,11 +76,6 @@ class Run:
         """Folder of metrics.csv, generations.csv, hparams.yaml and the logs."""
         return home() / "logs" / "training" / self.name
 
-    @property
-    def figure_dir(self) -> Path:
-        """Folder of the figures that this run drew."""
-        return home() / "figures" / "runs" / self.name
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Run:
         """A run from sections name, model, data, train; `preset` names what they change; `record` is skipped."""

@@ -6,7 +6,6 @@ that would be watched prints its lines.
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,8 +21,12 @@ SERIES = {"loss": "loss, nats per token", "held_out_bits_per_byte": "held-out, b
 
 
 def live() -> bool:
-    """Whether somebody sees widgets: Jupyter and VS Code name their session, papermill and nbval do not."""
-    return "JPY_SESSION_NAME" in os.environ or "VSCODE_PID" in os.environ
+    """Whether somebody sees widgets: JupyterLab, VS Code and Colab send metadata, such as the cell's id, with its code;
+    papermill, nbconvert and nbval send none. (A kernel of theirs may well inherit a front end's environment.)
+    """
+    from IPython import get_ipython
+
+    return bool(getattr(get_ipython(), "parent_header", {}).get("metadata"))
 
 
 def explore(draw: Callable, name: str, **controls):
@@ -110,7 +113,8 @@ def _curve(title: str, points: list[tuple[float, float | None]], rows: Sequence[
     points = [(x, y) for x, y in points if y is not None and y == y]
     if not points:
         return ""
-    points = points[:: -math.ceil(len(points) / POINTS)][::-1]  # the last one is always there
+    every = math.ceil(len(points) / POINTS)
+    points = points[(len(points) - 1) % every :: every]  # the last one is always there
     (first, last), values = (rows[0]["step"], rows[-1]["step"]), [y for _, y in points]
     low, high = min(values), max(values)
     wide, tall = 280 / max(last - first, 1), 90 / (high - low or 1)

@@ -225,6 +225,14 @@ def test_generate_from_prompt_file_and_stdin(home, capsys, monkeypatch):
     assert capsys.readouterr().out == out
 
 
+@pytest.mark.parametrize("prompt", ["--no_cache means that", "--top_k=5\nis", "--an_option", "--a_b=c d", "a --top_k"])
+def test_a_prompt_stays_as_it_was_typed(home, capsys, prompt):
+    words = ["generate", "--checkpoint", "small", "--max_new_tokens=1", f"--prompt={prompt}"]
+    assert result(capsys, *words)["prompt"] == prompt
+    if " " in prompt:  # argparse takes a word with a space for no option
+        assert result(capsys, *words[:-1], "--prompt", prompt)["prompt"] == prompt
+
+
 def test_generate_samples_count_their_seeds(home, capsys):
     words = ["generate", "--checkpoint", "small", "--prompt", "state", "--max-new-tokens", "12", "--temperature", "1"]
     given = result(capsys, *words, "--seed", "5", "--samples", "2")

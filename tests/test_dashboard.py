@@ -9,7 +9,8 @@ import pytest
 import torch
 from runs import cache, home, make, table, train  # noqa: F401
 
-from dsl import report, widgets
+from dsl import compare, curves, report, training, widgets
+from dsl.runlog import RunLog
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -18,15 +19,16 @@ pytestmark = pytest.mark.usefixtures("home")
 def panels(monkeypatch):
     """The panels that a notebook would show."""
     shown = []
-    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    monkeypatch.setattr(widgets, "live", lambda: True)
     monkeypatch.setattr("IPython.display.display", shown.append)
     return shown
 
 
-def test_without_a_frontend_there_is_no_panel_and_the_lines_are_printed(monkeypatch):
-    for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
-        monkeypatch.delenv(name, raising=False)
+def test_without_a_frontend_there_is_no_panel_and_the_lines_are_printed(capfd):
     assert widgets.dashboard(make()) is None
+    training.train(make(), on_log=widgets.dashboard(make()))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ") and "/12  loss" in line]
+    assert len(lines) == len(table(make())) == 4
 
 
 def test_the_panel_follows_a_run_and_one_that_goes_on(panels):
@@ -48,6 +50,41 @@ def test_the_panel_follows_a_run_and_one_that_goes_on(panels):
     train(on_log=again)
     points = re.search(r"points='([^']*)'", panels[1].value)[1].split()
     assert "step 12/12" in panels[1].value and len(points) == len(table(make())) == 4
+
+
+@pytest.mark.parametrize(
+    ("metrics", "generations"),
+    [("12,768,,4.8,", "12,The,"), ("12,768,0,4.8,,0.1,1,1,0" + 10 * ",9", '12,The,"a\n'), ("1", '12,"The"')],
+)
+def test_a_row_that_a_full_disk_cut_short_is_no_row(panels, monkeypatch, metrics, generations):
+    """For the panel, the tables and the forecast, before the run goes on and mends its files."""
+    alone = {"num_experts": 1, "num_experts_per_tok": 1}
+    train(stop_at_step=8, **alone)
+    log = make().log_dir
+    whole, texts = curves.metrics(log), curves.texts(log)
+    for name, torn in {"metrics.csv": metrics, "generations.csv": generations}.items():
+        with (log / name).open("a", encoding="utf-8") as file:
+            file.write(torn)
+    pd.testing.assert_frame_equal(curves.metrics(log), whole)
+    pd.testing.assert_frame_equal(curves.texts(log), texts)
+    assert compare.row(log)["step"] == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "LanguageModel", lambda config: pytest.fail("measured anew"))
+        assert report.forecast(make(**alone))["time"].endswith("as the run's log says")
+    follow = widgets.dashboard(make(**alone))
+    assert "step 8/12" in panels[0].value and "nan" not in panels[0].value, "step 8 measured nothing"
+    assert "step 6 writes" in panels[0].value and "100%</td>" in panels[0].value
+    train(on_log=follow, **alone)
+    assert "step 12/12" in panels[0].value and [*curves.metrics(log).step] == [4, 6, 8, 12]
+
+
+def test_texts_are_texts_and_there_may_be_none(tmp_path):
+    assert curves.texts(tmp_path).empty
+    with RunLog(tmp_path) as log:
+        log.open_tables([])
+        assert curves.texts(tmp_path).empty
+        log.generation(3, "1", "007")
+    assert curves.texts(tmp_path).to_dict() == {3: {"1": "007"}}
 
 
 def test_a_page_does_not_grow_with_the_run():
@@ -82,7 +119,7 @@ def test_a_forecast_counts_memory_work_and_time(monkeypatch):
     told = report.forecast(run)
     assert told["work"].startswith("0 MFLOPs a token, 192 tokens a step, ") and told["work"].endswith(" in 12 steps")
     assert re.fullmatch(r"holds it with up to [\d,]{6,} rows at a time", told["a GPU of 12 GB"])
-    assert re.fullmatch(r"00:00:\d\d at 0\.\d\d s a step, measured on 2 rows", told["time"])
+    assert re.fullmatch(r"00:\d\d:\d\d at \d+\.\d\d s a step, measured on 2 rows", told["time"])
     assert "2 rows at a time" in told["memory of the tensors"] and "active for a token" in told["model"]
     monkeypatch.setattr(report, "SMALL_GPU", 1e5)
     assert report.forecast(run)["a GPU of 12 GB"] == "does not hold it"

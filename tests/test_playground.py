@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -29,7 +30,7 @@ def run(panel: Playground, **values) -> list[str]:
     for name, value in {"length": 12, "temperature": 0.5, "seed": 3, **values}.items():
         getattr(panel, name).value = value
     panel.generate()
-    texts = panel.join(60)
+    texts = panel.join(300)
     assert (panel.go.disabled, panel.halt.disabled) == (False, True)
     return texts
 
@@ -81,7 +82,7 @@ def test_stop_ends_within_a_token_and_it_starts_again(home, monkeypatch):
     panel.generate()  # a second click while it runs
     panel.stop()
     at = len(made)
-    [text] = panel.join(30)
+    [text] = panel.join(300)
     assert at <= len(made) <= at + 1 and panel.panels[0].status.value.startswith("stopped, ") and text
     assert len(run(panel)[0]) > 0 and panel.panels[0].status.value.startswith("done, 12 tokens")
 
@@ -101,6 +102,34 @@ def test_an_error_is_shown_and_does_not_end_it(home, spoil, said):
     assert panel.panels[0].status.value.startswith(said)
     if "prompt" not in said:
         assert panel.panels[1].status.value.startswith("done")
+
+
+def test_an_error_in_drawing_is_shown_and_leaves_the_buttons_and_the_other_side(home, monkeypatch):
+    panel = Playground("one", "two")
+    run(panel)
+    assert "<table" in panel.panels[0].load.value
+    side, draw = panel.panels[0], panel.panels[0].draw
+    monkeypatch.setattr(side, "draw", lambda: 1 / 0 if side.end != "running" and side.tokens else draw())
+    run(panel)
+    assert side.status.value.startswith("error: ZeroDivisionError") and panel.panels[1].status.value.startswith("done")
+    monkeypatch.setattr(side, "begin", lambda *_: 1 / 0)
+    monkeypatch.setattr(side, "draw", lambda: 1 / 0)
+    run(panel)
+    assert side.status.value.startswith("error: ZeroDivisionError") and panel.panels[1].status.value.startswith("done")
+    monkeypatch.setattr(panel, "_guard", lambda *_: 1 / 0)
+    panel.go.disabled = True
+    with pytest.raises(ZeroDivisionError):
+        panel._run("a", {})
+    assert not panel.go.disabled
+
+
+def test_no_load_of_the_last_run_stands_beside_an_error(home):
+    panel = Playground("one")
+    run(panel)
+    (home / "checkpoints/two/step-000007/config.json").write_text("{")
+    panel.panels[0].source.value = panel.panels[0].source.options[-1][1]
+    run(panel)
+    assert panel.panels[0].status.value.startswith("error: cannot load") and panel.panels[0].load.value == ""
 
 
 def test_a_prompt_beyond_a_window_is_said_on_its_side_alone(home):
@@ -124,6 +153,7 @@ def test_load_counts_every_visit(home):
     assert load_so_far.shape == (3, 4) and (load_so_far.sum(1) == 9 * 2).all()
     by_hand = sum(2 in token.experts[1] for token in tokens)
     assert load_so_far[1, 2] == by_hand
+    assert playground.load_so_far([replace(t, experts=t.experts[:0]) for t in tokens], 4).dtype == load_so_far.dtype
     assert "layer 5" in playground.load_html(tokens, [1, 3, 5], 4) and playground.load_html([], [1], 4) == ""
 
 

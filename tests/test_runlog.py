@@ -64,6 +64,25 @@ def test_a_row_that_ends_inside_a_character_is_cut(tmp_path):
     assert [row["step"] for row in rows(tmp_path / "generations.csv")] == ["100", "200"]
 
 
+def test_of_a_table_cut_anywhere_the_whole_rows_are_read(tmp_path):
+    """At each of its bytes: a quoted text has line breaks, quotes and commas, of which none ends a row."""
+    write(tmp_path, [100])
+    path = tmp_path / "generations.csv"
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([[200, 'a "q"\n', '"\n'], [300, "caf\u00e9", "\n\r\n,"], [400, "p", "plain"]])
+    whole, ends = path.read_bytes(), [0]
+    while ends[-1] < len(whole):  # a row ends where as many quotes are open as closed
+        at = whole.index(b"\n", ends[-1]) + 1
+        while whole[:at].count(b'"') % 2:
+            at = whole.index(b"\n", at) + 1
+        ends.append(at)
+    assert len(ends) == 6
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        assert runlog.complete(path).encode() == whole[: max(end for end in ends if end <= cut)]
+    assert runlog.complete(tmp_path / "none.csv") == ""
+
+
 def test_archive_keeps_the_rows_that_are_cut(tmp_path):
     write(tmp_path, [100, 200, 300])
     write(tmp_path, [], step=100, archive=True)
@@ -124,6 +143,7 @@ def test_progress_line_says_what_a_reader_wants_to_know():
     line = runlog.progress(row, 700)
     assert line == "step 100/700  loss 3.2500  lr 3.00e-03  5,120 tokens/s  00:01:05 left"
     assert "held-out 2.125 bits/byte" in runlog.progress({**row, "held_out_bits_per_byte": 2.125}, 700)
+    assert runlog.progress({**row, "held_out_bits_per_byte": float("nan")}, 700) == line, "pandas' way to say None"
     assert "2 d 01:00:00 left" in runlog.progress({**row, "seconds_left": 2 * 86_400 + 3600}, 700)
 
 

@@ -283,7 +283,6 @@ def test_home_and_cache(monkeypatch, tmp_path):
     run = preset("tiny", run_name="r")
     assert run.run_dir == tmp_path / "checkpoints" / "r"
     assert run.log_dir == tmp_path / "logs" / "training" / "r"
-    assert run.figure_dir == tmp_path / "figures" / "runs" / "r"
     assert settings.cache_dir() == tmp_path / ".cache" / "dsl"
     monkeypatch.setenv("DSL_CACHE", str(tmp_path / "c"))
     assert settings.cache_dir() == tmp_path / "c"

@@ -2,7 +2,7 @@
 
 import nbformat
 import pytest
-from browsers import IN_KERNEL, RUN_ALL, jupyter, page
+from browsers import RUN_ALL, jupyter, page
 
 
 @pytest.mark.browser
@@ -32,9 +32,6 @@ def test_moving_the_slider_redraws_the_figure(chromium, root, tmp_path, monkeypa
         before = picture.get_attribute("src")
         window.locator(".dsl-features select").select_option("dpfp1")
         expect(picture).not_to_have_attribute("src", before, timeout=120_000)
-        timing = "import time\nfor _ in range(5):\n    t = time.process_time(); plots.png(picture(65, 64, 'dpfp1'))\n"
-        seconds = window.evaluate(IN_KERNEL, timing + "    print(time.process_time() - t)").split()
-        assert min(map(float, seconds)) < 0.3, seconds
 
 
 @pytest.mark.browser
@@ -64,13 +61,27 @@ def test_the_panel_of_a_training_follows_it_in_place(chromium, root, tmp_path, m
         assert window.errors == []
 
 
+@pytest.mark.slow
+def test_a_front_end_is_known_by_what_it_sends_and_not_by_the_environment(monkeypatch):
+    """`!papermill` typed in a cell inherits the environment of that cell's kernel, and sends no metadata."""
+    from jupyter_client.manager import run_kernel
+
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
+        monkeypatch.setenv(name, "1")
+    code, said = "from dsl import widgets; print(widgets.live())", []
+    with run_kernel() as client:
+        for client.session.metadata in ({}, {"cellId": "a"}, {"colab": {"cell_id": "a"}}):
+            client.execute_interactive(code, output_hook=lambda message: said.append(message["content"]), timeout=300)
+    said = [content["text"] for content in said if "text" in content]
+    assert said == ["False\n", "True\n", "True\n"]
+
+
 def test_without_a_browser_the_first_picture_is_shown(tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
 
     from dsl import widgets
 
-    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "DSL_FIGURES"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("DSL_FIGURES", raising=False)
     monkeypatch.setenv("DSL_HOME", str(tmp_path))
     assert not widgets.live()
 
@@ -88,7 +99,7 @@ def test_live_controls_redraw(monkeypatch):
 
     from dsl import widgets
 
-    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    monkeypatch.setattr(widgets, "live", lambda: True)
     seen = []
 
     def draw(keys, features):
