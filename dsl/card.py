@@ -16,7 +16,7 @@ def model_card(run: Run, state: dict[str, Any], parameters: int) -> str:
     kinds = {"linear_attention": model.linear_attention_kind, "full_attention": model.full_attention_kind}
     mixers = ", ".join(kinds[kind] for kind in model.layer_types)
     experts = f"{model.num_experts} experts, {model.num_experts_per_tok} a token, in layers {[*model.moe_layers]}"
-    bits = state.get("bits_per_byte") or state.get("last_bits_per_byte")
+    bits = state.get("last_bits_per_byte")
     head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dsl", "mixture-of-experts"]}
     beyond = "" if "full_attention" in model.layer_types else " in training; generation may go on beyond it"
     sizes = (model.hidden_size, model.num_attention_heads, model.num_key_value_heads)

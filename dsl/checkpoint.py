@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 import filelock
 import torch
 
+logger = logging.getLogger(__name__)
 VERSION = 1
 REQUIRED = {"config.json", "trainer.json"}
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -97,8 +99,7 @@ def verify(folder: str | Path, sha256=_sha256) -> list[str]:
     problems = [f"{name}: not in the manifest" for name in sorted(REQUIRED.difference(files))]
     for name, expected in files.items():
         try:
-            size = (place / name).stat().st_size
-            if size != expected["size"]:
+            if (size := (place / name).stat().st_size) != expected["size"]:
                 problems.append(f"{name}: {size} bytes instead of {expected['size']}")
             elif sha256(place / name) != expected["sha256"]:
                 problems.append(f"{name}: changed since it was saved (sha256)")
@@ -111,26 +112,28 @@ def _seal(files: dict) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def newest(run_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest step that verifies (None: no such), and those newer ones that do not, each with its problems."""
+def newest(run_dir: str | Path, until: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest step (up to `until`) that verifies (None: no such), those newer that do not, with their problems."""
     skipped = []
-    for step in reversed(steps(run_dir)):
+    for step in reversed([step for step in steps(run_dir) if until is None or step <= until]):
         place = step_dir(run_dir, step)
-        problems = verify(place)
-        if not problems:
+        if not (problems := verify(place)):
             return place, skipped
         skipped.append((place, "; ".join(problems)))
     return None, skipped
 
 
 def index(run_dir: str | Path) -> dict:
-    """Good steps with their held-out bits per byte (None: not measured), the newest and the best of them."""
-    places = [step_dir(run_dir, step) for step in steps(run_dir)]
-    good = [place for place in places if not verify(place, _sha256_once)]
-    scores = {place.name: read_trainer(place).get("bits_per_byte") for place in good}
-    measured = [name for name, score in scores.items() if score is not None]
-    best = min(measured, key=scores.__getitem__, default=None)
-    return {"newest": good[-1].name if good else None, "best": best, "steps": scores}
+    """Good steps with their held-out bits per byte (None: not measured), the newest, and the best of those that were
+    measured on the same text as the last one (`measured_on` of the trainer).
+    """
+    places = (step_dir(run_dir, step) for step in steps(run_dir))
+    states = {place.name: read_trainer(place) for place in places if not verify(place, _sha256_once)}
+    scores = {name: state.get("bits_per_byte") for name, state in states.items()}
+    texts = {name: states[name].get("measured_on") for name in scores if scores[name] is not None}
+    alike = (None, *[*texts.values()][-1:])  # once nothing was noted
+    best = min((name for name in texts if texts[name] in alike), key=scores.__getitem__, default=None)
+    return {"newest": next(reversed(states), None), "best": best, "steps": scores}
 
 
 def read_trainer(folder: str | Path) -> dict:
@@ -169,8 +172,7 @@ def save(
     `trainer` is JSON (its bits_per_byte, where measured, ranks the steps), `optimizer` tensors, numbers and lists.
     Raises DiskFullError, or CheckpointError for what cannot be written; older steps are then as they were.
     """
-    run_dir = Path(run_dir)
-    place = step_dir(run_dir, step)
+    run_dir, place = Path(run_dir), step_dir(run_dir, step)
     temporary, old = (run_dir / f".{place.name}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
     weights = {weight.data_ptr(): weight.nbytes for weight in model.state_dict().values()}  # a tied one is saved once
     need = sum(weights.values()) + _nbytes(optimizer) + 2**23
@@ -211,8 +213,7 @@ def _seal_folder(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         _do(_sync, path)
         if path.is_file():
-            size, digest = path.stat().st_size, _sha256_once(path)
-            files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": digest}
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256_once(path)}
     text = _json_text({"version": VERSION, "sha256": _seal(files), "files": files})
     _do((folder / "manifest.json").write_text, text, encoding="utf-8")
     _do(_sync, folder / "manifest.json")
@@ -237,8 +238,7 @@ def _nbytes(value) -> int:
 
 def _explained(error: BaseException, run_dir: Path, need: int) -> CheckpointError | None:
     """A failed save as the user should see it; each library has its own words for a full disk."""
-    free = shutil.disk_usage(run_dir).free if run_dir.exists() else need
-    cause = error
+    free, cause = shutil.disk_usage(run_dir).free if run_dir.exists() else need, error
     while cause is not None and getattr(cause, "errno", None) not in FULL and "(os error 28)" not in str(cause):
         cause = cause.__cause__ or cause.__context__
     if cause is not None:
@@ -258,9 +258,12 @@ def rotate(run_dir: Path, keep: int | None, until: int | None = None, saved: int
     kept |= {step_dir(run_dir, saved).name} if saved is not None else set()
     for name in set(now["steps"]) - kept:
         grave = run_dir / f".{name}.tmp-{os.getpid()}"
-        _do((run_dir / name).rename, grave)
-        _do(os.unlink if grave.is_symlink() else shutil.rmtree, grave)  # a link: to a step that is kept elsewhere
-        del now["steps"][name]
+        try:
+            _do((run_dir / name).rename, grave)
+            del now["steps"][name]
+            _do(os.unlink if grave.is_symlink() else shutil.rmtree, grave)  # a link: to a step that is kept elsewhere
+        except OSError as error:  # the new step is in its place: no reason to end a run
+            logger.warning("%s cannot be deleted: %s", run_dir / name, error.strerror or error)
     with suppress(OSError):  # only a hint
         hint = run_dir / ".index.json.tmp"
         _do(hint.write_text, _json_text(now), encoding="utf-8")

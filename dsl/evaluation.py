@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsl import moe, ops
+from dsl import moe, ops, optim
+from dsl.attention import MIXERS
 from dsl.config import ModelConfig
 from dsl.model import LanguageModel
 
@@ -29,9 +30,11 @@ def _reading(model: nn.Module) -> Iterator[LanguageModel]:
     """The plain core of a model or of its Hugging Face shell, in eval mode and without gradients."""
     training = model.training
     model.eval()
-    with torch.no_grad():
-        yield getattr(model, "model", model)
-    model.train(training)
+    try:
+        with torch.no_grad():
+            yield getattr(model, "model", model)
+    finally:
+        model.train(training)
 
 
 def bits_per_byte(model: nn.Module, rows: Tensor, n_bytes: int) -> float:
@@ -66,12 +69,14 @@ def load(counts: Tensor, entropy: Tensor | None = None, dropped: Tensor | None =
 
 
 def routing_load(model: nn.Module, rows: Tensor) -> Load:
-    """The `Load` over token ids rows [N, T], in eval mode (dropless)."""
+    """The `Load` over token ids rows [N, T], in eval mode (dropless), on the CPU; ValueError for a dense model."""
     counts = 0.0
     with _reading(model) as core:
+        if not core.moe_blocks:
+            raise ValueError("model must have layers with experts, got one with moe_layers=()")
         for some in rows.split(8):
             stats = core(some.to(core.embed_tokens.weight.device))[2]
-            counts = counts + torch.stack([s.counts for s in stats]).double()
+            counts = counts + torch.stack([s.counts for s in stats]).cpu().double()  # MPS has no float64
     return load(counts)
 
 
@@ -99,9 +104,8 @@ def mqar(batch: int, length: int, pairs: int, vocab_size: int, generator: torch.
     """
     half, slots = vocab_size // 2, length // 2 - pairs
     if slots < pairs or half - 1 < pairs:
-        raise ValueError(
-            f"pairs must fit four times into length={length} and into vocab_size={vocab_size}, got {pairs}"
-        )
+        rule = f"at most length // 4 and vocab_size // 2 - 1 at length={length} and vocab_size={vocab_size}"
+        raise ValueError(f"pairs must be {rule}, got {pairs}")
 
     def draw(weights: Tensor) -> Tensor:
         return torch.multinomial(weights.expand(batch, -1), pairs, generator=generator)
@@ -131,7 +135,11 @@ def associative_recall(batch: int, keys: int, generator: torch.Generator, *, rep
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model needs: FLOPs are per token (two per multiply-add), memory in bytes."""
+    """What a model needs: FLOPs (two per multiply-add) are per token but for the optimizer's, memory is in bytes.
+
+    `optimizer_flops` are those of one step's Newton-Schulz (Keller Jordan 2024, Muon) as it is published: of a matrix
+    a x b, a <= b, five times 4 a^2 b + 2 a^3. AdamW's are not counted: a few per number.
+    """
 
     parameters: int
     active_parameters: int  # those that one token meets
@@ -140,6 +148,7 @@ class Cost:
     state_bytes_per_token: int
     weight_bytes: int
     optimizer_bytes: int
+    optimizer_flops: int  # a step, however many tokens it has
     activation_bytes: int  # kept for the backward pass of one micro-batch
 
     @property
@@ -167,7 +176,6 @@ class Cost:
         )
 
 
-@functools.cache
 def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, optimizer: str = "adamw") -> Cost:
     """What a model of this config costs at `context` tokens (default: the training window), `rows` at a time.
 
@@ -176,13 +184,21 @@ def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, opti
     (12 L T D for softmax in training). A registered mixer counts by its weights alone; activations are an estimate,
     within a third at head-wide features.
     """
-    c, T = config, context or config.max_position_embeddings
+    kinds, routers = map(config.kind, range(config.num_hidden_layers)), [config.router] if config.moe_layers else []
+    classes = (*map(MIXERS.resolve, kinds), *map(moe.ROUTERS.resolve, routers))
+    return _cost(config, classes, context or config.max_position_embeddings, rows, optimizer)
+
+
+@functools.cache
+def _cost(c: ModelConfig, classes: tuple[type, ...], T: int, rows: int, optimizer: str) -> Cost:
+    """`classes` are what the names of mixers and router stand for now: another may be registered later."""
     with FakeTensorMode():
         model = LanguageModel(c)
         x, positions = torch.empty(1, 2, c.hidden_size), torch.arange(2)[None]
         mixers = [block.mixer for block in model.layers]
         one, two = (sum(m(x[:, :n], None, positions[:, :n], None)[1].num_bytes for m in mixers) for n in (1, 2))
     total = sum(p.numel() for p in model.parameters())
+    muon = _newton_schulz_flops(model) if optimizer == "muon" else 0
     matrices, blocks = (sum(p.numel() for p in part.parameters() if p.ndim > 1) for part in (model, model.layers))
     stacks = sum(p.numel() for block in model.moe_blocks for p in block.experts.parameters())
     idle = stacks - stacks * c.num_experts_per_tok // c.num_experts
@@ -201,8 +217,18 @@ def cost(config: ModelConfig, context: int | None = None, *, rows: int = 1, opti
         state_bytes_per_token=two - one,
         weight_bytes=4 * total,
         optimizer_bytes=8 * total - (4 * blocks if optimizer == "muon" else 0),
+        optimizer_flops=muon,
         activation_bytes=4 * rows * T * kept,
     )
+
+
+def _newton_schulz_flops(model: LanguageModel) -> int:
+    flops = 0
+    for name, weight in model.named_parameters():
+        for rows in optim.matrix_rows(model, name, weight) if optim.is_matrix(name, weight) else ():
+            (a, b), stacked = sorted((rows, weight.shape[-1])), weight.shape[:-2].numel()
+            flops += 5 * stacked * (4 * a * a * b + 2 * a**3)
+    return flops
 
 
 # Numbers per hidden unit and token that a mixer and its norms keep for the backward pass: measured.

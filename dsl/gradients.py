@@ -46,7 +46,9 @@ def accumulate(
         share = (targets != IGNORE).sum().item() / scored
         quiet = processes.world > 1 and i < len(parts) - 1  # gradients travel once a step
         with objective.no_sync() if quiet else nullcontext():
-            targets = targets if share else inputs  # the mean over no label is NaN, and none of it counts
+            # This process may score nothing, and the mean over no label is NaN: any finite loss, times a share of zero,
+            # keeps DDP's backward pass in step.
+            targets = targets if share else inputs
             with precision.autocast():
                 loss, extra, stats = objective(inputs.to(device), targets.to(device))
             precision.scaler.scale((loss + extra) * (share * processes.world)).backward()

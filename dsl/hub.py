@@ -160,6 +160,8 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
         the judgement to the caller.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # aligned: the last bit of a sum depends on where its numbers lie
         if output_loading_info:
             return model, info
         wrong = {*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])}
@@ -239,7 +241,8 @@ class DslForCausalLM(PreTrainedModel, GenerationMixin):
 def _folder(source: str, step: int | None) -> Path | None:
     """The model folder that a run's name, a run's folder or a model folder means; None: perhaps a hub id."""
     place = settings.find_run(source)
-    if place is None and source.count("/") == 1 and not source.startswith((".", "/", "~", "checkpoints/")):
+    hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~", "checkpoints/"))
+    if place is None and hub_id and step is None:
         return None
     if place is None:
         runs = (path.name for path in settings.home().glob("checkpoints/*"))

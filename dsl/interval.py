@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dsl import evaluation
 from dsl.config import ModelConfig
-from dsl.runlog import TIME_COLUMNS
 
 logger = logging.getLogger(__name__)
 STARVING = 0.1  # of an even share of the assignments
@@ -27,7 +26,7 @@ class Interval:
 
     def __init__(self, config: ModelConfig):
         self.layers, self.experts = sorted(config.moe_layers), config.num_experts
-        self.even, self.most = 1 / config.num_experts, 1 / config.num_experts_per_tok
+        self.even_share, self.largest_share = 1 / config.num_experts, 1 / config.num_experts_per_tok
         self.unhealthy: set[tuple[str, int, int]] = set()
         self._begin()
 
@@ -48,9 +47,9 @@ class Interval:
         """A batch took so long, whether it made a step or not."""
         self.busy, self.tokens, self.batches = self.busy + seconds, self.tokens + tokens, self.batches + batches
 
-    def spent(self) -> tuple[float, int, int]:
+    def spent(self) -> dict[str, Any]:
         """What `spend` would have to be told."""
-        return self.busy, self.tokens, self.batches
+        return {"seconds": self.busy, "tokens": self.tokens, "batches": self.batches}
 
     def close(self) -> dict[str, Any]:
         """The interval's columns of metrics.csv; warns of experts; the next interval begins."""
@@ -58,12 +57,16 @@ class Interval:
         loss, entropy, dropped, _ = (sums / self.steps).split([1, L, L, L * self.experts])
         load = evaluation.load(self.counts(sums), entropy, dropped)
         self._watch(load.share)
-        memory = psutil.Process().memory_info().rss / 1e6
-        gpu = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        pace, speed = self.busy / self.batches, self.tokens / self.busy
-        times = (pace, speed, memory, 100 * cpu / wall, gpu, gpu_percent(self.sums.device))
-        row = {"loss": loss.item(), **dict(zip(TIME_COLUMNS, times, strict=True))}
+        row = {
+            "loss": loss.item(),
+            "step_seconds": self.busy / self.batches,
+            "tokens_per_second": self.tokens / self.busy,
+            "memory_mb": psutil.Process().memory_info().rss / 1e6,
+            "cpu_percent": 100 * cpu / wall,
+            "gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None,
+            "gpu_percent": gpu_percent(self.sums.device),
+        }
         for i, layer in enumerate(self.layers):
             row[f"load_{layer}"] = ";".join(f"{share:.5g}" for share in load.share[i].tolist())
             for name in ("maxvio", "entropy", "dropped", "dead"):
@@ -73,11 +76,12 @@ class Interval:
 
     def _watch(self, share: Tensor) -> None:
         """Warns once when an expert starts to starve, or to hoard: more than half way from an even share to all."""
-        found = {("starves", *place) for place in (share < STARVING * self.even).nonzero().tolist()}
-        if self.most > self.even:
-            found |= {("hoards", *place) for place in (share > (self.even + self.most) / 2).nonzero().tolist()}
+        even, largest = self.even_share, self.largest_share
+        found = {("starves", *place) for place in (share < STARVING * even).nonzero().tolist()}
+        if largest > even:
+            found |= {("hoards", *place) for place in (share > (even + largest) / 2).nonzero().tolist()}
         for what, i, expert in sorted(found - self.unhealthy):
-            times = share[i, expert].item() / self.even
+            times = share[i, expert].item() / even
             logger.warning("layer %d: expert %d %s, with %.2f of an even share", self.layers[i], expert, what, times)
         self.unhealthy = found
 
@@ -87,7 +91,8 @@ class Interval:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.steps = state["steps"]
-        self.sums = torch.tensor(state["sums"], dtype=torch.float64).to(device) if state["steps"] else 0.0
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # as tallies have it
+        self.sums = torch.tensor(state["sums"], dtype=dtype).to(device) if state["steps"] else 0.0
 
 
 def gpu_percent(device: torch.device) -> int | None:

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dsl.config import ModelConfig, Registry
 
-REMADE_FROM = 8192  # rows for experts in a call, from which on memory counts for more than 4 % of the block's time
+# Assignments per call from which expert inputs are recomputed in backward: costs 4 % of the block's time, saves its
+# widest tensors.
+REMADE_FROM = 8192
 
 
 class NotFiniteError(ValueError):
@@ -107,17 +109,17 @@ def load_balancing_loss(scores: Tensor, experts: Tensor, scope: str = "batch", k
     """E * sum_i f_i P_i: 1 when the load is even, E / k when k experts take all (Switch and DeepSeek-V3 convention).
 
     f_i is the share of assignments of expert i, P_i its mean normalised score, over the whole batch or within each
-    sequence and then averaged. (transformers' Mixtral form counts f_i per token and is k times this.)
+    sequence that has a real token, then averaged. (transformers' Mixtral form counts f_i per token: k times this.)
     scores [B, T, E], experts [B, T, k]. Sources: 2101.03961, eq. 4; 2412.19437, eqs. 17-20.
     """
     chosen = torch.zeros_like(scores).scatter(-1, experts, 1.0)
     share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     real = scores.new_ones(scores.shape[:2]) if keep is None else keep.to(scores.dtype)
     over = (0, 1) if scope == "batch" else (1,)
-    tokens = real.sum(over).clamp_min(1)[..., None]
-    f = (chosen * real[..., None]).sum(over) / (tokens * experts.shape[-1])
-    p = (share * real[..., None]).sum(over) / tokens
-    return scores.shape[-1] * (f * p).sum(-1).mean()
+    tokens = real.sum(over)[..., None]
+    f = (chosen * real[..., None]).sum(over) / (tokens.clamp_min(1) * experts.shape[-1])
+    p = (share * real[..., None]).sum(over) / tokens.clamp_min(1)
+    return scores.shape[-1] * ((f * p).sum(-1).sum() / (tokens > 0).sum().clamp_min(1))
 
 
 def router_z_loss(logits: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -129,7 +131,8 @@ def router_z_loss(logits: Tensor, keep: Tensor | None = None) -> Tensor:
 def loss_free_update(bias: Tensor, counts: Tensor, speed: float) -> Tensor:
     """The next bias: + speed for experts under the mean load, - speed over it, re-centred to mean zero.
 
-    bias and counts [..., E]. Source: Wang et al. 2024 (2408.15664), algorithm 1.
+    bias and counts [..., E]. Source: Wang et al. 2024 (2408.15664), algorithm 1; re-centred, as torchtitan does: a
+    constant added to all biases changes no choice.
     """
     counts = counts.to(bias.dtype)
     bias = bias + speed * torch.sign(counts.mean(-1, keepdim=True) - counts)
@@ -273,11 +276,11 @@ class MoE(nn.Module):
         z = router_z_loss(routing.logits, keep) if c.router_z_loss_coef > 0 else zero
         aux, z = c.aux_loss_coef * aux, c.router_z_loss_coef * z
         with torch.no_grad():
-            real = torch.ones_like(routing.experts) if keep is None else keep[..., None].expand_as(routing.experts)
-            real = real.to(torch.float32).flatten()
-            counts = torch.bincount(routing.experts.flatten(), real, c.num_experts).to(torch.float32)
-            lost = zero if kept is None else (real * ~kept.flatten()).sum() / real.sum().clamp_min(1)
-            liked = (routing.scores.flatten(0, 1) * real.view(-1, routing.experts.shape[-1])[:, :1]).sum(0)
+            real = (torch.ones_like(routing.scores[..., 0]) if keep is None else keep).to(torch.float32)[..., None]
+            each = real.expand_as(routing.experts)
+            counts = torch.bincount(routing.experts.flatten(), each.flatten(), c.num_experts).to(torch.float32)
+            lost = zero if kept is None else (each * ~kept).sum() / each.sum().clamp_min(1)
+            liked = (routing.scores * real).sum((0, 1))
             liked = liked / liked.sum().clamp_min(1e-20)
             entropy = -torch.xlogy(liked, liked).sum()
         return RoutingStats(counts, lost, entropy, aux, z, routing.experts, weights.detach())

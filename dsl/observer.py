@@ -42,12 +42,12 @@ class Observer:
         self.held_out = held_out_rows(corpus, tokenizer, run.model.max_position_embeddings)
         self.prompts = list(enumerate((*run.train.prompts, *corpus.prompts), run.train.seed))  # with their seeds
         self.loss, self.bits_per_byte = map(start.state.get, ("loss", "last_bits_per_byte"))
-        self.measured_at = None
+        self.measured_at, self.measured_on = None, [corpus.fingerprint, run.data.held_out_bytes]
         self.interval = Interval(run.model)
         if start.state:
             self.interval.load_state_dict(start.state["interval"], model.device)
         if start.due:
-            self.interval.spend(*start.due[1:])
+            self.interval.spend(**{name: value for name, value in start.due.items() if name != "norm"})
         self.written = deque([(start.step, time.perf_counter())], maxlen=6)  # when the last rows were
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -56,6 +56,7 @@ class Observer:
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte if self.measured_at == step else None,  # ranks the steps
             "last_bits_per_byte": self.bits_per_byte,
+            "measured_on": self.measured_on,
             "interval": self.interval.state_dict(),
         }
 
@@ -92,7 +93,6 @@ class Observer:
             problem = "" if math.isfinite(bits) else f"its loss is {bits}"
         except NotFiniteError as error:
             problem = str(error)
-            self.model.train()
         if problem:
             logger.warning("held-out text cannot be measured: %s", problem)
         return None if problem else bits
@@ -108,9 +108,11 @@ class Observer:
         self.model.eval()
         for seed, prompt in [*self.prompts]:
             try:
-                texts.append((prompt, complete(self.model, self.tokenizer, prompt, seed=seed, **sampling)))
-            except ValueError as problem:  # a prompt that is longer than the window
+                text = complete(self.model, self.tokenizer, prompt, seed=seed % 2**63, **sampling)
+                texts.append((prompt, text))
+            except ValueError as problem:
                 logger.warning("no text for %r: %s", prompt, problem)
-                self.prompts.remove((seed, prompt))
+                if not isinstance(problem, NotFiniteError):  # but longer than the window, as it will always be
+                    self.prompts.remove((seed, prompt))
         self.model.train()
         return texts

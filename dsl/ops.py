@@ -113,7 +113,7 @@ def delta_rule(
     """The delta rule S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, o_t = q_t S_t, a_t = exp(log_decay_t).
 
     q [B, T, H, K], k [B, T, G, K] (L2-normalised by the caller: stable for b |k|^2 in [0, 2]), v [B, T, G, V],
-    beta and log_decay (<= 0; below -60 it is -60) [B, T, G]; no scale on q. `state` [B, G, K, V], fp32 or fp64.
+    beta and log_decay (<= 0) [B, T, G]; no scale on q. `state` [B, G, K, V], fp32 or fp64.
     Returns (out [B, T, H, V] in the dtype of v, state). Raises ValueError on shapes, dtypes or a form that do not fit.
     Source: Yang et al. 2024 (2406.06484, WY form per chunk), gated: 2412.06464, eq. 10.
     """
@@ -126,8 +126,8 @@ def delta_rule(
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = _at_least_fp32(q, k, v)
         beta, decay = beta.to(v.dtype).transpose(1, 2), None
-        if log_decay is not None:  # e^-60 of a state is less than its last digit, and sums of more lose their own
-            decay = log_decay.to(v.dtype).clamp(min=-60).transpose(1, 2)
+        if log_decay is not None:
+            decay = log_decay.to(v.dtype).transpose(1, 2)
         state = _start(state, (B, G, K, V), v)
         if T == 0:
             return v.new_zeros(B, 0, H, V).to(out_dtype), state
@@ -155,10 +155,11 @@ def _delta_chunked(q, k, v, beta, decay, state, chunk_size):
         pairwise, seen, kept = causal.to(q.dtype), 1.0, [1.0] * k.shape[2]
         writing = k
     else:
-        total = _chunks(chunk_size, decay[..., None])[1].cumsum(3)  # [B, G, N, C, 1]: log decay since the chunk began
-        pairwise = (total - total.mT).masked_fill(~causal, -torch.inf).exp()  # masked first: exp of it can overflow
-        seen, last = total.exp(), total[..., -1:, :]
-        writing, kept = k * (last - total).exp(), last.exp().unbind(2)
+        steps = _chunks(chunk_size, decay[..., None])[1]  # [B, G, N, C, 1]
+        # (t, s): log decay after s, up to t; summed anew for each s, as a difference of sums loses what is small.
+        between = steps.expand(-1, -1, -1, -1, C).tril(-1).cumsum(3)
+        pairwise, seen = between.masked_fill_(~causal, -torch.inf).exp(), steps.cumsum(3).exp()
+        writing, kept = k * pairwise[..., -1, :, None], seen[..., -1:, :].unbind(2)
     # Within a chunk every new value depends on those before it: one unit-triangular system, shared by all V columns.
     system = (k * beta) @ k.mT * pairwise
     solved = torch.linalg.solve_triangular(system, torch.diag_embed(beta[..., 0]), upper=False, unitriangular=True)

@@ -27,6 +27,8 @@ def learning_rate(train, step: int) -> float:
     """
     top, end, warmup = train.learning_rate, train.max_steps, train.warmup_steps
     if train.lr_scheduler_type == "one_cycle":
+        if end == 1:  # the last step, whose rate is next to nothing, would be all there is
+            return top
         step, rise = min(step, end - 1), (warmup or 0.3 * end) - 1
         if step < rise:
             return _cosine(top / 25, top, step / rise)
@@ -170,7 +172,7 @@ class Optimizer:
 
     def set_lr(self, rate: float) -> None:
         """AdamW's rate, as `learning_rate` gives it; Muon's follows in proportion."""
-        top = self.kinds["adamw"].defaults["lr"]
+        top = self.kinds["adamw"].defaults["lr"]  # top * (rate / top) is not always rate, to the last bit
         for one in self.kinds.values():
             for group in one.param_groups:
                 group["lr"] = rate if one.defaults["lr"] == top else one.defaults["lr"] * (rate / top)

@@ -105,7 +105,7 @@ def router_learns(router: str = "top_k") -> str | None:
 
 
 def no_look_ahead(router: str = "top_k", trials: int = 24, **changes) -> str | None:
-    """With capacity 1 in training, changing the last token changes no earlier output."""
+    """With capacity factor 1.0 in training, changing the last token changes no earlier output."""
     leaks = 0
     for _ in range(trials):
         block = layer(router=router, capacity_factor=1.0, **changes).train()

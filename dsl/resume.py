@@ -42,9 +42,10 @@ class Start:
         return self.state.get("step", 0)
 
     @property
-    def due(self) -> list[float] | None:
+    def due(self) -> dict[str, float] | None:
         """What its row needs, where an interrupt put off all that is due after the step."""
-        return self.state.get("due")
+        due = self.state.get("due")  # once a list
+        return dict(zip(("norm", "seconds", "tokens", "batches"), due, strict=True)) if isinstance(due, list) else due
 
 
 def find_start(run: Run) -> Start:
@@ -75,17 +76,15 @@ def find_start(run: Run) -> Start:
 def _lengthened(run: Run, before: Run, start: Start) -> Start:
     """wsd goes back to before its decay, where the weights can still learn; the others go on on the new curve."""
     kind, decay = run.train.lr_scheduler_type, optim.decay_start(before.train)
-    good = []
-    if kind == "wsd" and decay is not None and start.step > decay:
-        good = [step for step in checkpoint.steps(run.run_dir) if step <= decay]
-        good = [step for step in good if not checkpoint.verify(checkpoint.step_dir(run.run_dir, step))]
-    if not good:
+    back = kind == "wsd" and decay is not None and start.step > decay
+    path = checkpoint.newest(run.run_dir, decay)[0] if back else None
+    if path is None:
         rate = optim.learning_rate(run.train, start.step)
         logger.info("max_steps is longer: on from step %d on the new %s curve, at lr %.2e", start.step, kind, rate)
         return start
-    path = checkpoint.step_dir(run.run_dir, good[-1])
-    logger.info("max_steps is longer: back to step %d, the last before the learning rate fell", good[-1])
-    return Start(path, checkpoint.read_trainer(path), back=True)
+    early = Start(path, checkpoint.read_trainer(path), back=True)
+    logger.info("max_steps is longer: back to step %d, the last before the learning rate fell", early.step)
+    return early
 
 
 def set_aside_after(run: Run, start: Start) -> None:
@@ -115,10 +114,12 @@ def ended(run: Run, start: Start) -> str | None:
 
 
 @contextmanager
-def threads(start: Start, device: torch.device) -> Iterator[None]:
-    """As many threads as the run began with, since sums on a CPU depend on it."""
-    before = torch.get_num_threads()
-    count = start.state.get("threads", before) if device.type == "cpu" else before
+def threads(start: Start, device: torch.device, world: int) -> Iterator[None]:
+    """As many threads as the run began with, since sums on a CPU depend on it; unless the number of processes changed,
+    of which each has its share of the threads.
+    """
+    before, same = torch.get_num_threads(), start.state.get("world", world) == world
+    count = start.state.get("threads", before) if device.type == "cpu" and same else before
     if count != before:
         logger.info("computing with %d threads, as this run began, instead of %d", count, before)
     torch.set_num_threads(count)

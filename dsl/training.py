@@ -84,8 +84,6 @@ class Trainer:
 
     def _restore(self, start: resume.Start) -> None:
         state, device = start.state, self.precision.device
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            tensor.data = tensor.data.clone()  # aligned: the last bit of a sum depends on where its numbers lie
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped_steps"]
         self.bad = state["bad_steps"]
         self.optimizer.load_state_dict(checkpoint.read_optimizer(start.path))
@@ -94,7 +92,7 @@ class Trainer:
         self.stream.load_state_dict(state["data"])
         resume.set_random_state(state["rng"], device)
         if start.due:
-            self.due, self.norm = True, torch.tensor(start.due[0])
+            self.due, self.norm = True, torch.tensor(start.due["norm"])
 
     def save(self) -> None:
         """A checkpoint of this step, unless it has one."""
@@ -109,11 +107,12 @@ class Trainer:
             "epoch": self.stream.epoch,
             "skipped_steps": self.skipped,
             "bad_steps": self.bad,
-            "due": [self.norm.item(), *self.observer.interval.spent()] if self.due else None,
+            "due": {"norm": self.norm.item(), **self.observer.interval.spent()} if self.due else None,
             **self.observer.state_dict(self.step),
             **(self.begun or self._places()),
             "scaler": self.precision.scaler.state_dict(),
             "threads": torch.get_num_threads(),
+            "world": self.processes.world,
             "settings": self.run.to_dict(),
         }
         began = time.perf_counter()
@@ -264,7 +263,7 @@ def train(run: Run, *, on_log: OnLog | None = None, progress: bool = True) -> Su
             if status := resume.ended(run, start):
                 known = map(start.state.get, ("step", "loss", "last_bits_per_byte", "tokens", "skipped_steps"))
                 return Summary(status, *known, run.run_dir, run.log_dir)
-            with resume.threads(start, precision.device):
+            with resume.threads(start, precision.device, processes.world):
                 trainer = Trainer(run, log, precision, processes, start)
                 log.open_tables(sorted(run.model.moe_layers), start.step - bool(start.due), archive=start.back)
                 if start.back and processes.first:

@@ -96,6 +96,18 @@ def test_newest_takes_the_newest_good_one_and_names_what_it_skipped(tmp_path, pa
     ]
 
 
+def test_newest_until_looks_at_no_later_step(tmp_path, parts, monkeypatch):
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step, parts)
+    (tmp_path / "step-000010" / "trainer.json").unlink()
+    looked, real = [], verify
+    monkeypatch.setattr(checkpoint, "verify", lambda place: looked.append(place.name) or real(place))
+    for until, found, seen in ((14, 5, (10, 5)), (15, 15, (15,)), (99, 20, (20,)), (4, None, ())):
+        looked.clear()
+        assert newest(tmp_path, until)[0] == (found and tmp_path / f"step-{found:06d}")
+        assert looked == [f"step-{step:06d}" for step in seen]
+
+
 def manifest_size(place):
     return json.loads((place / "manifest.json").read_text())["files"]["trainer.json"]["size"] - 1
 
@@ -220,6 +232,37 @@ def test_rotation_keeps_the_newest_the_best_and_the_last_before_a_decay(tmp_path
     assert steps(tmp_path) == [3, 8]
     write(tmp_path, 9, parts)
     assert steps(tmp_path) == [3, 8, 9]
+
+
+def test_the_best_is_the_best_of_those_measured_on_the_last_ones_text(tmp_path, parts):
+    """Bits per byte of different texts say nothing together; a step that notes no text may be of any."""
+    scores, texts = (0.5, 2.0, 1.0, 1.5, 3.0, None), ("a", "b", None, "b", "b", "c")
+    for step, (bits, text) in enumerate(zip(scores, texts, strict=True), 1):
+        trainer = {"bits_per_byte": bits} | ({"measured_on": [text, 9]} if text else {})
+        save(tmp_path, step, trainer=trainer, **parts, keep=3)
+    assert checkpoint.index(tmp_path)["best"] == "step-000003" and steps(tmp_path) == [3, 4, 5, 6]
+    shutil.rmtree(tmp_path / "step-000003")
+    assert checkpoint.index(tmp_path)["best"] == "step-000004"
+
+
+@pytest.mark.parametrize("refused", ["rename", "rmtree"])
+def test_an_old_step_that_cannot_be_deleted_is_a_warning(tmp_path, parts, monkeypatch, caplog, refused):
+    for step in (1, 2, 3):
+        write(tmp_path, step, parts)
+
+    def do(call, *args, **options):
+        if call.__name__ == refused and "step-000002" in f"{getattr(call, '__self__', '')}{args}":
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return call(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_do", do)
+        place = write(tmp_path, 4, parts, keep=1)
+    assert newest(tmp_path) == (place, []) and steps(tmp_path) == ([2, 4] if refused == "rename" else [4])
+    assert caplog.messages == [f"{tmp_path / 'step-000002'} cannot be deleted: {os.strerror(errno.EACCES)}"]
+    assert json.loads((tmp_path / "index.json").read_text()) == checkpoint.index(tmp_path)
+    write(tmp_path, 5, parts, keep=1)
+    assert names(tmp_path) == ["index.json", "step-000005"]
 
 
 def test_the_step_kept_for_a_longer_schedule_is_a_good_one(tmp_path, parts):

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsl import evaluation, moe
+from dsl import attention, evaluation, moe, optim
 from dsl.config import ModelConfig
 from dsl.model import LanguageModel
 
@@ -57,6 +57,15 @@ def test_measuring_leaves_the_mode_and_the_random_numbers_alone(generator):
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_reading_that_fails_leaves_the_mode_alone(generator):
+    model = LanguageModel(SMALL).train()
+    torch.nn.init.constant_(model.layers[1].mlp.router.weight, torch.inf)
+    for read, *more in ((evaluation.bits_per_byte, 10), (evaluation.routing_load,)):
+        with pytest.raises(moe.NotFiniteError):
+            read(model, torch.randint(97, (2, 9)), *more)
+        assert model.training and torch.is_grad_enabled()
+
+
 def test_load_of_known_counts():
     found = evaluation.load(torch.tensor([[4.0, 4, 4, 4], [8, 0, 8, 0], [0, 0, 0, 0]]))
     assert found.maxvio.tolist() == [0, 1, -1]
@@ -70,6 +79,34 @@ def test_routing_load_counts_every_choice_of_every_token(generator):
     chosen = [stats.experts.flatten() for stats in model.eval()(rows)[2]]
     counts = torch.stack([torch.bincount(experts, minlength=4) for experts in chosen]).double()
     assert torch.allclose(found.share, counts / (19 * 16 * 2), atol=1e-12)
+
+
+def test_routing_load_of_a_dense_model_is_refused(generator):
+    model = LanguageModel(dataclasses.replace(SMALL, moe_layers=()))
+    with pytest.raises(ValueError, match=r"model must have layers with experts, got one with moe_layers=\(\)"):
+        evaluation.routing_load(model, torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_routing_load_needs_no_fp64_of_a_device(generator, monkeypatch):
+    """As on MPS, which has none: the counts are made wider on the CPU alone."""
+
+    class There(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    model, rows = LanguageModel(SMALL), torch.randint(97, (3, 16))
+    want, forward = evaluation.routing_load(model, rows), LanguageModel.forward
+
+    def elsewhere(self, tokens):
+        *others, stats = forward(self, tokens)
+        return *others, [dataclasses.replace(s, counts=s.counts.as_subclass(There)) for s in stats]
+
+    monkeypatch.setattr(LanguageModel, "forward", elsewhere)
+    found = evaluation.routing_load(model, rows)
+    assert type(found.share) is torch.Tensor and torch.equal(found.share, want.share)
 
 
 def test_mqar_asks_for_each_key_once_and_labels_its_value(generator):
@@ -93,8 +130,12 @@ def test_mqar_gaps_follow_the_power_law(generator):
 
 
 def test_mqar_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"pairs must fit .* length=64 .* got 17"):
-        evaluation.mqar(1, 64, 17, 512, torch.Generator())
+    """At the bounds it draws, one beyond either it says both."""
+    for length, vocab_size, most in ((64, 512, 16), (67, 512, 16), (64, 24, 11), (64, 25, 11)):
+        evaluation.mqar(1, length, most, vocab_size, torch.Generator())
+        rule = f"pairs must be at most .* at length={length} and vocab_size={vocab_size}, got {most + 1}"
+        with pytest.raises(ValueError, match=rule):
+            evaluation.mqar(1, length, most + 1, vocab_size, torch.Generator())
 
 
 def test_associative_recall_setting_1_is_a_permutation(generator):
@@ -169,7 +210,8 @@ def test_activations_are_within_a_third_of_what_autograd_keeps(config, remade, m
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.loss(model(tokens)[0], tokens)
     measured = sum(size for address, (size, _) in kept.items() if address not in own)
-    found = evaluation.cost.__wrapped__(config, 128, rows=2)  # not the cached one
+    monkeypatch.setattr(evaluation, "_cost", evaluation._cost.__wrapped__)  # not the cached one
+    found = evaluation.cost(config, 128, rows=2)
     assert found.activation_bytes == pytest.approx(measured, rel=0.34)
 
 
@@ -193,6 +235,49 @@ def test_muon_keeps_one_moment_for_matrices():
     matrices = sum(p.numel() for n, p in model.layers.named_parameters() if p.ndim > 1 and "conv" not in n)
     both = [evaluation.cost(config, optimizer=name).optimizer_bytes for name in ("adamw", "muon")]
     assert both[0] - both[1] == pytest.approx(4 * matrices, rel=0.03)
+
+
+def test_flops_of_newton_schulz_by_hand():
+    """Of a x b, a <= b: x x^T, its square and their product with x, five times; gate and up, q, k and v are apart."""
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    square, half, wide = (5 * (4 * a * a * b + 2 * a**3) for a, b in ((32, 32), (16, 32), (32, 64)))
+    for changes, experts in (({"moe_layers": ()}, 1), ({"num_experts": 5}, 5), ({"num_shared_experts": 1}, 9)):
+        for layer in PATTERN[1:]:
+            config = ModelConfig(**sizes, **heads, **changes, layer_types=(layer,))
+            found = evaluation.cost(config, optimizer="muon").optimizer_flops
+            assert found == 2 * square + 2 * half + 3 * wide * experts  # q and o, k and v, gate and up and down
+            assert evaluation.cost(config).optimizer_flops == 0
+
+
+def test_flops_of_newton_schulz_are_those_that_torch_counts():
+    """Of every matrix that the optimizer moves, by its published iteration."""
+    config = dataclasses.replace(SMALL, **KINDS["delta"])
+    model = LanguageModel(config)
+    pairs = [(n, w, optim.matrix_rows(model, n, w)) for n, w in model.named_parameters() if optim.is_matrix(n, w)]
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for _, weight, rows in pairs:
+            for part in weight.detach().split(rows, -2):
+                y = part.reshape(-1, *part.shape[-2:])
+                y = y.mT if y.shape[-2] > y.shape[-1] else y
+                for _ in range(5):
+                    gram = y @ y.mT
+                    y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram), y)
+    assert evaluation.cost(config, optimizer="muon").optimizer_flops == counter.get_total_flops()
+
+
+def test_a_mixer_registered_again_is_counted_again(monkeypatch):
+    class Wider(attention.SoftmaxMixer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.more = torch.nn.Linear(7, 9)
+
+    config, found = dataclasses.replace(SMALL, layer_types=FULL, full_attention_kind="mine"), []
+    for cls in (attention.SoftmaxMixer, Wider, attention.SoftmaxMixer):
+        monkeypatch.setitem(attention.MIXERS, "mine", cls)
+        found.append(evaluation.cost(config).parameters)
+    assert found == [found[0], found[0] + 3 * (7 * 9 + 9), found[0]]
 
 
 def test_known_words_counts_long_words_without_regard_to_case():

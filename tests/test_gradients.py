@@ -100,7 +100,7 @@ def test_an_interval_is_the_mean_of_its_steps_and_the_sum_of_their_counts():
     assert (row["load_0"], row["load_1"]) == ("0.25;0.25;0.25;0.25", "0;0.5;0.25;0.25")
     assert (row["maxvio_0"], row["maxvio_1"], row["dead_1"]) == (0, 1, 1)
     assert row["entropy_0"] == 1.25 and row["dropped_0"] == 0.125
-    assert set(row) | {"step"} <= set(runlog.columns([0, 1]))
+    assert {*runlog.TIME_COLUMNS, "step"} <= set(row) | {"step"} <= set(runlog.columns([0, 1]))
     interval.add(one_step([[1, 1, 1, 1], [1, 1, 1, 1]], loss=7.0))
     interval.spend(0.5, 100)
     assert interval.close()["loss"] == 7.0, "the next interval starts from nothing"
@@ -116,6 +116,24 @@ def test_half_an_interval_goes_through_json_exactly():
     rows = interval.close(), other.close()
     assert all(rows[0][name] == rows[1][name] for name in rows[0] if name not in runlog.TIME_COLUMNS)
     assert rows[1]["step_seconds"] == 1, "of the batches that this process took"
+
+
+def test_half_an_interval_goes_on_where_there_is_no_fp64(monkeypatch):
+    """On MPS, whose tallies are fp32: what is sent there is no wider."""
+    interval, sent = Interval(CONFIG), []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: sent.append((tensor.dtype, device)) or tensor)
+    for kind in ("mps", "cpu"):
+        interval.load_state_dict({"steps": 1, "sums": [0.25] * 13}, torch.device(kind))
+        assert interval.sums.tolist() == [0.25] * 13
+    assert sent == [(torch.float32, torch.device("mps")), (torch.float64, torch.device("cpu"))]
+
+
+def test_what_was_spent_can_be_spent_again():
+    interval, other = Interval(CONFIG), Interval(CONFIG)
+    interval.spend(0.5, 100)
+    interval.spend(1.0, 50)
+    other.spend(**interval.spent())
+    assert other.spent() == interval.spent() == {"seconds": 1.5, "tokens": 150, "batches": 2}
 
 
 def test_an_expert_that_starves_or_hoards_is_named_once(caplog):

@@ -108,6 +108,7 @@ def test_saved_and_opened_again_it_is_bit_equal(model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids, tied = tokens(2, 20), model.config.tie_word_embeddings
     assert not again.training and torch.equal(again(ids).logits, model(ids).logits)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in again.parameters()), "as a fresh model's lie"
     assert (again.model.lm_head.weight is again.model.embed_tokens.weight) == tied
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert ("model.lm_head.weight" in file.keys()) == (not tied)  # noqa: SIM118
@@ -406,6 +407,11 @@ def test_an_error_without_words_is_named(runs, monkeypatch):
         load("small")
 
 
+def test_a_hub_id_has_no_steps(foreign):
+    with pytest.raises(CheckpointError, match="no run or folder 'somebody/something'"):
+        load("somebody/something", 3)
+
+
 def test_load_names_the_steps_there_are(runs):
     with pytest.raises(CheckpointError, match=r"step-000150 does not exist, steps there: \[100, 200\]"):
         load("small", 150)
@@ -420,7 +426,7 @@ def test_pipeline_and_streamer(model, tmp_path):
     ids = tokenizer("def f", return_tensors="pt")
     want = model.generate(**ids, max_new_tokens=8, do_sample=False)[0]
     assert texts[0][0]["generated_text"] == tokenizer.decode(want, skip_special_tokens=True)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=300)
     arguments = {**ids, "max_new_tokens": 8, "do_sample": False, "streamer": streamer}
     worker = threading.Thread(target=model.generate, kwargs=arguments)
     worker.start()

@@ -83,7 +83,7 @@ def test_loss_forms_agree_and_skip_ignored_labels(stack):
 @torch.no_grad()
 def test_cached_equals_uncached(stack):
     """Prefill, single steps and chunks on top of a state give what one call over all tokens gives."""
-    model, tokens = build(std=0.15, **stack).eval(), random_tokens(2, 70)
+    model, tokens = build(std=0.15, **stack).double().eval(), random_tokens(2, 70)
     whole = model.logits(model(tokens)[0])
     state, parts = None, []
     for start, end in [(0, 20), (20, 21), (21, 22), (22, 65), (65, 70)]:
@@ -95,7 +95,7 @@ def test_cached_equals_uncached(stack):
 
 @torch.no_grad()
 def test_left_padding_changes_nothing(stack):
-    model, tokens = build(std=0.15, **stack).eval(), random_tokens(2, 30)
+    model, tokens = build(std=0.15, **stack).double().eval(), random_tokens(2, 30)
     whole = model(tokens)[0]
     padded = torch.cat([torch.full((2, 5), 7), tokens], 1)
     keep = torch.arange(35).expand(2, 35) >= 5

@@ -357,6 +357,19 @@ def test_scope_of_the_balancing_loss():
     assert float(load_balancing_loss(scores, experts, "sequence")) == pytest.approx(2.0)
 
 
+def test_a_row_of_padding_is_no_sequence():
+    """Two experts of four take all: 2; every expert an equal share: 1; the third row has no real token."""
+    scores = torch.full((3, 4, 4), 0.25)
+    scores[0] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    experts = torch.tensor([[[0, 1]] * 4, [[0, 1], [2, 3]] * 2, [[0, 1]] * 4])
+    keep = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    assert float(load_balancing_loss(scores, experts, "sequence", keep)) == 1.5
+    assert load_balancing_loss(scores, experts, "sequence", keep & False) == 0
+    logits = torch.zeros(3, 4, 8).masked_fill(~keep[..., None], 5.0)
+    assert float(moe.router_z_loss(logits, keep)) == pytest.approx(math.log(8) ** 2)
+    assert moe.router_z_loss(logits, keep & False) == 0
+
+
 def test_z_loss_of_zero_logits():
     assert float(moe.router_z_loss(torch.zeros(2, 3, 8))) == pytest.approx(math.log(8) ** 2, abs=1e-6)
     assert math.log(8) ** 2 == pytest.approx(4.3241, abs=5e-5)

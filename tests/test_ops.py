@@ -213,15 +213,29 @@ def test_no_time_steps_give_an_empty_result_and_keep_the_state():
     assert ops.linear_attention(x["q"][:0], x["k"][:0], x["v"][:0])[0].shape == (0, 3, 4, 5)
 
 
-def test_a_step_may_forget_all_and_strengths_have_any_dtype():
-    x = {name: value.detach() for name, value in draw(70, torch.float32).items()}
-    x["log_decay"][:, ::8] = -torch.inf
-    inputs = [x[name] for name in ("q", "unit", "v", "beta", "log_decay")]
-    slow = reference.delta_rule(*(t.double() for t in inputs))
-    *inputs, decay = inputs
-    inputs[-1] = inputs[-1].double()
+FORGETS = {
+    "all, every eighth step": ([-torch.inf, *[-0.5] * 7], 70),
+    "much, then little: the difference of their sums would lose the little": ([-60.0] * 40 + [-0.02] * 24, 64),
+    "more than fp32 can sum": ([-0.02, -1e4, -0.5, -1e30, -0.1, -torch.inf, -3e38, -3e38, -0.3], 150),
+}
+
+
+@pytest.mark.parametrize(("decays", "T"), FORGETS.values(), ids=FORGETS)
+def test_steps_may_forget_anything_and_strengths_have_any_dtype(decays, T):
+    x = {name: value.detach() for name, value in draw(T, torch.float32).items()}
+    x["log_decay"][:] = torch.tensor(decays * T)[:T, None]
+    inputs = {"q": F.normalize(x["q"], dim=-1), "k": x["unit"], "v": x["v"]}
+    inputs = {n: t.requires_grad_() for n, t in (inputs | {"beta": x["beta"], "log_decay": x["log_decay"]}).items()}
+    wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+    slow = reference.delta_rule(**wide)
+    weight = torch.randn_like(slow)
+    want = gradients((slow * weight).sum(), wide)
     for form in DELTA_FORMS:
-        assert_close(form, ops.delta_rule(*inputs, log_decay=decay, form=form)[0], slow, 5e-5)
+        fast, state = ops.delta_rule(**inputs | {"beta": inputs["beta"].double()}, form=form)
+        assert fast.dtype == torch.float32 and state.isfinite().all()
+        assert_close(form, fast, slow, 1e-6)
+        for name, got in gradients((fast * weight).sum(), inputs).items():
+            assert_close(f"{form}: {name}", got, want[name], 2e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from runs import assert_same, cache, elsewhere, home, make, table, tensors, train  # noqa: F401
 
-from dsl import checkpoint, data, evaluation, gradients, observer, optim, processes, report, training
+from dsl import checkpoint, data, evaluation, gradients, observer, optim, processes, report, resume, training
 from dsl.model import LanguageModel
 from dsl.moe import NotFiniteError
 from dsl.runlog import columns
@@ -196,7 +196,6 @@ def test_weights_that_are_not_finite_are_never_saved(monkeypatch):
 @pytest.mark.parametrize("broken", [math.nan, NotFiniteError("router scores")], ids=["nan", "error"])
 def test_held_out_text_that_gives_no_figure_is_said_and_left_out(monkeypatch, caplog, broken):
     def measure(model, *_):
-        model.eval()
         if isinstance(broken, ValueError):
             raise broken
         return broken
@@ -490,6 +489,55 @@ def test_a_prompt_longer_than_the_window_is_said_and_left_out(caplog):
     assert train(max_steps=2, prompts=(long, "The")).status == "finished"
     assert "no text for 'word word" in caplog.text
     assert table(make(), "generations.csv")[0]["prompt"] == "The"
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_a_sample_that_is_not_finite_is_left_out_once_and_no_seed_is_too_large(monkeypatch, caplog, seed):
+    real, seen = observer.complete, []
+
+    def complete(model, tokenizer, prompt, **sampling):
+        seen.append(sampling["seed"])
+        if len(seen) == 2:
+            raise NotFiniteError("router scores must be finite")
+        return real(model, tokenizer, prompt, **sampling)
+
+    monkeypatch.setattr(observer, "complete", complete)
+    train(max_steps=2, sample_steps=1, seed=seed)
+    texts = [(row["step"], row["prompt"]) for row in table(make(), "generations.csv")]
+    own = [text for text in texts if text[1] in make().train.prompts]  # the corpus has more
+    assert own == [("1", "The"), ("2", "The"), ("2", "An unusual")]
+    assert caplog.text.count("no text for 'An unusual': router scores must be finite") == 1
+    assert seen[:2] == [seed, (seed + 1) % 2**63] and max(seen) < 2**63
+
+
+def test_the_only_step_of_one_cycle_is_no_lost_one():
+    train(max_steps=1, lr_scheduler_type="one_cycle", warmup_steps=0, logging_steps=1)
+    assert float(table(make())[0]["lr"]) == make().train.learning_rate
+
+
+def test_threads_are_restored_for_as_many_processes_as_noted_them():
+    cpu, here = torch.device("cpu"), torch.get_num_threads()
+    for noted, world, count in (({"world": 2}, 1, here), ({"world": 1}, 2, here), ({"world": 2}, 2, 3), ({}, 1, 3)):
+        with resume.threads(resume.Start(state={"threads": 3, **noted}), cpu, world):
+            assert torch.get_num_threads() == count, (noted, world)
+        assert torch.get_num_threads() == here
+    train(max_steps=1, warmup_steps=0)
+    assert checkpoint.read_trainer(checkpoint.step_dir(make().run_dir, 1))["world"] == 1
+
+
+def test_what_is_due_may_be_a_list_as_it_once_was():
+    due = {"norm": 0.5, "seconds": 2.0, "tokens": 64, "batches": 1}
+    for saved in (due, [*due.values()]):
+        assert resume.Start(state={"due": saved}).due == due
+    assert resume.Start(state={"due": None}).due is resume.Start().due is None
+
+
+def test_a_checkpoint_notes_the_text_that_it_is_measured_on():
+    train(stop_at_step=1)
+    train(stop_at_step=2, held_out_bytes=500)
+    folders = [checkpoint.step_dir(make().run_dir, step) for step in (1, 2)]
+    texts = [[data.open_corpus(make().data).fingerprint, size] for size in (2000, 500)]
+    assert [checkpoint.read_trainer(folder)["measured_on"] for folder in folders] == texts
 
 
 def test_a_longer_cosine_goes_on_from_the_newest_step_on_the_new_curve(caplog):
