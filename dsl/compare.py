@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from dsl import curves, evaluation, settings
-from dsl.schema import suggest
+from dsl.config import check_foreign
+from dsl.schema import read_yaml, suggest
 from dsl.settings import Run, SettingsError
 
 CONTEXTS = (256, 8_192, 131_072)  # at which states are counted
@@ -25,20 +25,20 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 def settings_of(log_dir: Path) -> tuple[Run | None, dict[str, Any], str]:
     """(the run, its record, what is wrong with the file): settings that this version refuses are no run."""
     try:
-        values = yaml.safe_load((log_dir / "hparams.yaml").read_text("utf-8"))
+        values = read_yaml((log_dir / "hparams.yaml").read_text("utf-8"))
         return Run.from_dict(values), values.get("record") or {}, ""
     except FileNotFoundError:
         return None, {}, "no hparams.yaml: cost and corpus are unknown"
-    except (SettingsError, yaml.YAMLError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         return None, {}, f"hparams.yaml: {str(error).splitlines()[0]}"
 
 
 def log_dirs(names: str) -> list[Path]:
-    """The log folders of runs, "one, other". Raises SettingsError."""
+    """The log folders of runs, "one, other", of one at least. Raises SettingsError."""
     home = settings.home() / "logs" / "training"
     known = sorted(path.name for path in home.glob("*") if path.is_dir())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in known]:
+    if unknown := [name for name in wanted or [names] if name not in known]:
         raise SettingsError(
             f"run must name folders of logs/training, got {name!r}{suggest(name, known)}" for name in unknown
         )
@@ -47,7 +47,7 @@ def log_dirs(names: str) -> list[Path]:
 
 def curve(log_dir: Path) -> pd.DataFrame:
     """metrics.csv with the time spent in steps so far, as `seconds` and as `cpu_seconds` of all threads, and the
-    layers' mean `maxvio`.
+    layers' mean `maxvio`, NaN in rows of fewer steps than usual, where chance alone makes it larger.
 
     A row's speed is that of its interval; where rows are missing, the next row's stands for them.
     """
@@ -55,7 +55,7 @@ def curve(log_dir: Path) -> pd.DataFrame:
     steps = table.step.diff().fillna(table.step)
     spent = steps * table.step_seconds
     cpu = spent * table.cpu_percent / 100
-    maxvio = table.filter(like="maxvio_").mean(axis=1)
+    maxvio = table.filter(like="maxvio_").mean(axis=1).where(steps >= steps.median())
     return table.assign(seconds=spent.cumsum(), cpu_seconds=cpu.cumsum(), maxvio=maxvio)
 
 
@@ -68,10 +68,13 @@ def row(log_dir: Path) -> dict[str, Any]:
         found |= {"tokenizer": run.data.tokenizer or "of the corpus", "vocab_size": run.model.vocab_size}
         found |= {"held_out_bytes": run.data.held_out_bytes, "max_steps": run.train.max_steps}
         try:
-            cost = evaluation.cost(run.model, optimizer=run.train.optimizer)
+            check_foreign(vars(run.model))  # the file may be anybody's: no code is run because it names it
+            cost = evaluation.cost(run.model, run.model.max_position_embeddings // 2, optimizer=run.train.optimizer)
             found |= {name: getattr(cost, name) for name in ("parameters", "active_parameters", "training_flops")}
+            rows = run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps
+            found["optimizer_flops"] = cost.optimizer_flops / (rows * run.model.max_position_embeddings)
             found |= {f"state_bytes_{n}": cost.state_bytes(n) for n in CONTEXTS}
-        except ValueError as error:  # a mixer of somebody's, which is not here
+        except Exception as error:  # a mixer of somebody's, which is not here or raises what it likes
             notes.append(f"its cost is unknown: {error}")
     try:
         table = curve(log_dir)

@@ -13,16 +13,17 @@ import yaml
 
 from dsl import compare
 
-TABLES = ("runs", "curves", "analysis", "texts", "tokens")
+TABLES = ("runs", "curves", "analysis", "tokens")
 LAST = 3  # measurements at the end whose mean MaxVio counts: one alone is mostly luck
 
 
 def tables(folder: Path) -> dict[str, Any]:
     """The study's tables by name, and `settings` of each configuration. Raises FileNotFoundError."""
-    folder, text = Path(folder), ("texts", "tokens")  # in a text "None" is a word
+    folder = Path(folder)
     if not (folder / "04_runs.csv").exists():
         raise FileNotFoundError(f"no 04_runs.csv in {folder}: `make study` writes it")
-    found = {name: pd.read_csv(folder / f"04_{name}.csv", keep_default_na=name not in text) for name in TABLES}
+    # among tokens "None" is a word
+    found = {name: pd.read_csv(folder / f"04_{name}.csv", keep_default_na=name != "tokens") for name in TABLES}
     return found | {"settings": yaml.safe_load((folder / "04_settings.yaml").read_text("utf-8"))}
 
 
@@ -34,25 +35,15 @@ def seeds(runs: pd.DataFrame) -> str:
     return f"{many} seed{'s' if many > 1 else ''}{names}"
 
 
-def measures(runs: pd.DataFrame, curves: pd.DataFrame, analysis: pd.DataFrame, mqar: pd.DataFrame | None = None):
-    """One row a run, one column a figure: what it logged, and "measure key" of its analysis, mean of the layers.
-
-    `mqar` holds the recall task's runs of notebook 01, which join the configurations of the same mixer and seed.
-    """
+def measures(runs: pd.DataFrame, curves: pd.DataFrame, analysis: pd.DataFrame) -> pd.DataFrame:
+    """One row a run, one column a figure: what it logged, and "measure key" of its analysis, mean of the layers."""
     named = analysis.assign(name=analysis.measure + " " + analysis.key.astype(str))
-    early = analysis[analysis.measure == "saturation"]
-    step = early.key.astype(int)
-    first = early[step == step.groupby([early.config, early.seed]).transform("min")]
-    named = pd.concat([named, first.assign(name="saturation first")])
     wide = named.pivot_table(index=["config", "seed"], columns="name", values="value")
     maxvio = curves.groupby(["config", "seed"]).maxvio.apply(lambda x: x.tail(LAST).mean())
     table = runs.set_index(["config", "seed"]).join(wide).join(maxvio)
     table["state_bytes_per_token"] = (table.state_bytes_131072 - table.state_bytes_8192) / (131_072 - 8_192)
-    if {"seen seen pair", "seen new token"} <= set(table):  # better or worse at copying than at everything else
-        table["recall gap"] = table["seen seen pair"] - table["seen new token"]
-    if mqar is not None:
-        same = mqar[mqar.lr == mqar.lr.min()].rename(columns={"kind": "config"})
-        table = table.join(same.groupby(["config", "seed"])[same.columns[-1]].mean().rename("mqar"))
+    if {"copying first", "copying again"} <= set(table):
+        table["copying gain"] = table["copying first"] - table["copying again"]
     return table.reset_index()
 
 

@@ -1,4 +1,4 @@
-"""One run under the lens: what its weights say about position, recall, kinds of tokens and experts.
+"""One run under the lens: what its weights say about the past, copying, kinds of tokens and experts.
 
 Writes analysis.csv and token_losses.npz beside a run's log; knows nothing of other runs, but for `of_runs`, which lays
 anybody's runs out as the study's tables are. Notebook 04 draws what is found.
@@ -23,7 +23,7 @@ from dsl.model import LanguageModel
 from dsl.settings import Run
 
 ROWS = 64  # of which every token's loss is kept
-BINS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+LONGEST = 1024  # tokens of a row beyond the window
 COLUMNS = ["measure", "layer", "key", "count", "value"]
 
 
@@ -36,7 +36,7 @@ def analysis(log_dir: Path) -> Path:
 def token_losses(model: LanguageModel, rows: Tensor) -> Tensor:
     """Loss of every token in nats: rows [N, T + 1] -> [N, T], NaN where nothing is scored; in eval mode."""
     model, parts = model.eval(), []
-    for some in rows.split(8):
+    for some in rows.split(max(1, 2048 // rows.shape[1])):
         labels = some[:, 1:]
         loss = model.loss(model(some[:, :-1].clamp(min=0))[0], labels, reduction="none")
         parts.append(loss.masked_fill(labels == evaluation.IGNORE, torch.nan))
@@ -46,7 +46,8 @@ def token_losses(model: LanguageModel, rows: Tensor) -> Tensor:
 def seen_before(rows: Tensor) -> np.ndarray:
     """For every predicted token what the row has shown of it before: rows [N, T + 1] -> text [N, T].
 
-    "pair" where the token before it was followed by it earlier: copying is enough (Zoology's recall hits, 2312.04927).
+    "pair" where the token before it was followed by it earlier: copying is enough (Zoology's recall hits, 2312.04927,
+    which leave out pairs that are frequent in training; here they count).
     """
     found = np.full((rows.shape[0], rows.shape[1] - 1), "new token", dtype=object)
     for i, row in enumerate(rows.tolist()):
@@ -81,7 +82,10 @@ def analyse(source: str | Path) -> Path:
     rows, n_bytes = data.held_out_rows(corpus, tokenizer, run.model.max_position_embeddings)
     losses = token_losses(model.model, rows)
     found = [("final", "", "bits_per_byte", n_bytes, float(losses.nansum()) / np.log(2) / n_bytes)]
-    found += _positions(model.model, run, losses, data.held_out_rows(corpus, tokenizer, BINS[-1])[0])
+    found += _past(model.model, rows[:ROWS])
+    if "full_attention" not in run.model.layer_types:
+        found += _beyond(model.model, losses, data.held_out_rows(corpus, tokenizer, LONGEST)[0])
+    found += _copying(model.model, run.model.max_position_embeddings)
     kinds = np.array([routing.kind_of(tokenizer.decode([i])) for i in range(len(tokenizer))], dtype=object)
     for measure, keys in {"seen": seen_before(rows), "kind": kinds[rows[:, 1:].clamp(min=0)]}.items():
         frame = pd.DataFrame({"key": keys.flatten(), "value": losses.flatten()}).dropna()
@@ -95,21 +99,40 @@ def analyse(source: str | Path) -> Path:
     return place
 
 
-def _positions(model: LanguageModel, run: Run, losses: Tensor, longer: Tensor) -> Iterator[tuple]:
-    """Loss by the tokens seen so far; where no layer has a limit, what more of them than in training change.
+def _past(model: LanguageModel, rows: Tensor) -> Iterator[tuple]:
+    """Loss of the same tokens, the second half of each row, with 1, 2, 3 to 4, 5 to 8, ... tokens in sight.
+
+    Rows are cut into overlapping pieces, of which the second halves are scored: no token is in two of them.
+    """
+    window = rows.shape[1] - 1
+    for sight in (2**i for i in range(window.bit_length()) if window % 2**i == 0):
+        first = window // 2 - sight // 2
+        pieces = rows[:, first:].unfold(1, sight + 1, sight - sight // 2).flatten(0, 1)
+        losses = token_losses(model, pieces)[:, sight // 2 :]
+        yield "past", "", sight, int(losses.isfinite().sum()), float(losses.nanmean())
+
+
+def _beyond(model: LanguageModel, losses: Tensor, longer: Tensor) -> Iterator[tuple]:
+    """Where no layer has a limit, what more tokens of past than in training change.
 
     Both cut the same text into rows, so a token of a longer row is compared with itself in a row of the window.
     """
-    measured = [("position", 0, losses)]
-    if "full_attention" not in run.model.layer_types:
-        far = token_losses(model, longer)
-        near = F.pad(losses.flatten(), (0, far.numel() - losses.numel()), value=torch.nan).view_as(far)
-        measured.append(("longer", losses.shape[1], far - near))
-    for measure, first, values in measured:
-        for low, high in pairwise(BINS):
-            if first <= low and high <= values.shape[1]:
-                some = values[:, low:high]
-                yield measure, "", low, int(some.isfinite().sum()), float(some.nanmean())
+    window, far = losses.shape[1], token_losses(model, longer)
+    gaps = far - F.pad(losses.flatten(), (0, far.numel() - losses.numel()), value=torch.nan).view_as(far)
+    for low in (window * 2**i for i in range((LONGEST // window).bit_length() - 1)):
+        some = gaps[:, low : 2 * low]
+        yield "longer", "", low, int(some.isfinite().sum()), float(some.nanmean())
+
+
+def _copying(model: LanguageModel, window: int) -> Iterator[tuple]:
+    """Loss of random tokens when a row shows them first, and when it shows them again in the same order: what an
+    induction head copies (Olsson et al. 2022, 2209.11895), and nothing learnt of text can know.
+    """
+    half = window // 2
+    tokens = torch.randint(model.config.vocab_size, (ROWS, half), generator=torch.Generator().manual_seed(0))
+    losses = token_losses(model, torch.cat([tokens, tokens, tokens[:, :1]], 1))
+    for key, some in {"first": losses[:, : half - 1], "again": losses[:, half:-1]}.items():
+        yield "copying", "", key, some.numel(), float(some.mean())
 
 
 def _experts(model: LanguageModel, run: Run, tokens: Tensor) -> Iterator[tuple]:
@@ -139,8 +162,10 @@ def of_runs(names: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, list[
         with suppress(FileNotFoundError):
             curves.append(compare.curve(place).dropna(subset=["held_out_bits_per_byte"]).assign(**about))
         try:
-            newest, made = checkpoint.newest(settings.find_run(place.name) or place)[0], analysis(place)
-            if not (made.exists() and newest and made.stat().st_mtime > newest.stat().st_mtime):
+            made, weights = analysis(place), checkpoint.newest(settings.find_run(place.name) or place)[0]
+            if weights is None and not made.exists():
+                raise checkpoint.CheckpointError(f"no good checkpoint in {place.name}")
+            if weights and not (made.exists() and made.stat().st_mtime > weights.stat().st_mtime):
                 analyse(place.name)
             found.append(pd.read_csv(made).assign(**about))
         except (RuntimeError, ValueError, OSError) as error:  # no weights, no corpus, no network: the logs still speak

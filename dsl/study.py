@@ -22,17 +22,22 @@ from dsl.schema import suggest
 from dsl.settings import Run, SettingsError, preset
 
 MOE = {"moe_layers": [1, 3]}  # two of four layers, so that layers can be compared
-HYBRID = MOE | {"layer_types": ["linear_attention"] * 3 + ["full_attention"], "linear_attention_kind": "delta"}
+ELU = MOE | {"layer_types": ["linear_attention"], "linear_attention_kind": "elu"}
+DELTA = ELU | {"linear_attention_kind": "delta"}
+HYBRID = DELTA | {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+NO_CONVOLUTION = {"linear_conv_kernel_dim": 0}
 # The rates of `quickstart` when the study was made; it has been tuned further since, the other configurations have not.
 RATES = {"muon_learning_rate": 0.01, "momentum": 0.95, "adam_beta2": 0.95}
 GRID = {  # changes to the preset `quickstart`, which has experts, loss-free balancing and Muon
     "quickstart": {},
     "softmax": MOE | {"layer_types": ["full_attention"]},
-    "elu": MOE | {"layer_types": ["linear_attention"], "linear_attention_kind": "elu"},
-    "delta": MOE | {"layer_types": ["linear_attention"], "linear_attention_kind": "delta"},
+    "elu": ELU,
+    "delta": DELTA,
     "hybrid": HYBRID,
     "softmax-dense": {"layer_types": ["full_attention"], "moe_layers": []},
     "hybrid-dense": HYBRID | {"moe_layers": []},
+    "elu-no-conv": ELU | NO_CONVOLUTION,
+    "delta-no-conv": DELTA | NO_CONVOLUTION,
     "hybrid-aux": HYBRID | {"balance": "aux_loss"},
     "hybrid-adamw": HYBRID | {"optimizer": "adamw", "learning_rate": 6e-3},  # the best of three rates, 100 steps
 }
@@ -55,17 +60,20 @@ def plan(steps: int, seeds: int, only: Sequence[str] = ()) -> list[tuple[str, Ru
     ]
 
 
-def run(steps: int, seeds: int, only: Sequence[str], folder: Path, jobs: int = 1) -> list[str]:
-    """Train and analyse what is not there yet, some at once; tables into `folder`; the names of runs that failed."""
-    grid = plan(steps, seeds, only)
+def train_grid(steps: int, seeds: int, only: Sequence[str], folder: Path, jobs: int = 1) -> list[str]:
+    """Train and analyse what is not there yet, some at once; the names of runs that failed.
+
+    Tables of all that is there, also of configurations that `only` leaves out, go into `folder`.
+    """
+    grid, chosen = plan(steps, seeds), plan(steps, seeds, only)
 
     def finish(run: Run) -> int:
         command = [sys.executable, "-c", "from dsl import study; study.one()"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, input=run.to_json(), text=True, env=environment).returncode
 
-    missing, failed = [run for _, run in grid if not lens.analysis(run.log_dir).exists()], []
-    print(f"study: {len(grid) - len(missing)} of {len(grid)} runs are there", file=sys.stderr, flush=True)
+    missing, failed = [run for _, run in chosen if not lens.analysis(run.log_dir).exists()], []
+    print(f"study: {len(chosen) - len(missing)} of {len(chosen)} runs are there", file=sys.stderr, flush=True)
     pool = ThreadPoolExecutor(jobs)
     try:
         for run, problem in zip(missing, pool.map(finish, missing), strict=True):
@@ -89,23 +97,18 @@ def one() -> None:
 
 
 def collect(grid: Sequence[tuple[str, Run]], folder: Path) -> None:
-    """Tables of the runs that are done, into `folder`: runs, curves, analysis, tokens, texts, settings."""
+    """Tables of the runs that are done, into `folder`: runs, curves, analysis, tokens, settings."""
     folder.mkdir(parents=True, exist_ok=True)
     done = [(config, run) for config, run in grid if lens.analysis(run.log_dir).exists()]
-    tables: dict[str, list[pd.DataFrame]] = {"runs": [], "curves": [], "analysis": [], "texts": []}
+    tables: dict[str, list[pd.DataFrame]] = {"runs": [], "curves": [], "analysis": []}
     first = dict(reversed(done))  # of each configuration
     for config, run in done:
         about = {"config": config, "seed": run.train.seed}
         more = pd.read_csv(lens.analysis(run.log_dir))
         final = {"final_bits_per_byte": more.value[more.measure == "final"].item()}
         tables["runs"].append(pd.DataFrame([{**about, **compare.row(run.log_dir), **final}]))
-        curve = compare.curve(run.log_dir).dropna(subset=["held_out_bits_per_byte"])
-        columns = ["step", "tokens", "seconds", "cpu_seconds", "loss", "held_out_bits_per_byte", "maxvio"]
-        tables["curves"].append(curve[columns].assign(**about))
+        tables["curves"].append(curve(run.log_dir).assign(**about))
         tables["analysis"].append(more[more.measure != "final"].assign(**about))
-        if run is first[config]:
-            texts = pd.read_csv(run.log_dir / "generations.csv", keep_default_na=False)
-            tables["texts"].append(texts.assign(config=config, text=texts.text.str.slice(0, 160)))
     for name, parts in tables.items():
         if parts:
             pd.concat(parts).to_csv(folder / f"04_{name}.csv", index=False, float_format="%.5g")
@@ -113,6 +116,15 @@ def collect(grid: Sequence[tuple[str, Run]], folder: Path) -> None:
     made = {config: compare.settings_of(run.log_dir)[:2] for config, run in first.items()}  # not as they would be now
     chosen = {config: run.to_dict() | {"record": record} for config, (run, record) in made.items() if run}
     (folder / "04_settings.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def curve(log_dir: Path) -> pd.DataFrame:
+    """A run's rows with a held-out measurement; `maxvio` is the mean of the rows since the one before."""
+    table = compare.curve(log_dir)
+    since = table.held_out_bits_per_byte.notna().cumsum().shift(fill_value=0)
+    table = table.assign(maxvio=table.groupby(since).maxvio.transform("mean"))
+    columns = ["step", "tokens", "seconds", "cpu_seconds", "loss", "held_out_bits_per_byte", "maxvio"]
+    return table.dropna(subset=["held_out_bits_per_byte"])[columns]
 
 
 def examples(done: Sequence[tuple[str, Run]]) -> pd.DataFrame:
@@ -145,9 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tables", type=Path, help="folder of the tables (figures/runs/study-SETTING)")
     options = parser.parse_args(arguments)
     steps, seeds = SETTINGS[options.setting]
-    folder = options.tables or plots.folder(f"study-{options.setting}")
+    folder = options.tables or plots.folder(f"study-{options.steps or options.setting}")
     try:
-        failed = run(options.steps or steps, options.seeds or seeds, options.only, folder, options.jobs)
+        failed = train_grid(options.steps or steps, options.seeds or seeds, options.only, folder, options.jobs)
     except SettingsError as error:
         parser.error(str(error))
     print(f"tables in {folder}; to see them: papermill notebooks/04_analysis.ipynb out.ipynb -p tables {folder}")

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dsl import compare
-from dsl.plots import COLORS, NAMES, legend, ticks
+from dsl.plots import COLORS, NAMES, legend
 
 HYBRID = "#882255"  # delta and softmax in one model, three to one
 STYLES = {  # colour by mixer, line by what else is changed; the label
@@ -20,11 +20,13 @@ STYLES = {  # colour by mixer, line by what else is changed; the label
     "hybrid": (HYBRID, "-", "hybrid (delta : softmax 3:1)"),
     "softmax-dense": (COLORS["softmax"], "--", "softmax, dense"),
     "hybrid-dense": (HYBRID, "--", "hybrid, dense"),
+    **{f"{kind}-no-conv": (COLORS[kind], ":", f"{NAMES[kind]}, no convolution") for kind in ("elu", "delta")},
     "hybrid-aux": (HYBRID, ":", "hybrid, auxiliary loss"),
     "hybrid-adamw": (HYBRID, "-.", "hybrid, AdamW"),
 }
 MARKERS = {"-": "o", "--": "s", ":": "v", "-.": "^"}
 MIXERS = ("softmax", "quickstart", "hybrid", "delta", "elu")
+FAR = 0.15  # bits per byte: an effect beyond is written at the edge, for it would hide the others
 OTHERS = ("#332288", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#8C6D31", "#777777")
 
 
@@ -52,94 +54,107 @@ def _whiskers(axis: plt.Axes, x, groups: Iterable, **look) -> None:
 
 
 def quality(curves: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
-    """Held-out bits per byte against tokens, training FLOPs and CPU-time; below, the last part, where they differ."""
-    last = 0.6  # of the whole; from there on
-    flops = runs.reindex(columns=["config", "training_flops"]).groupby("config").training_flops.first()
-    table = curves.assign(flops=curves.tokens * curves.config.map(flops))
-    across = {"tokens": (1e6, "million tokens"), "flops": (1e12, "training FLOPs, 10¹²")}
-    across |= {"cpu_seconds": (1, "CPU-seconds of training steps")}
+    """Held-out bits per byte against tokens, training FLOPs and CPU-time; below, less those of softmax (or of the first
+    run) at the same cost, seed by seed, over the last part of what that spent.
+    """
+    flops = runs.reindex(columns=["config", "training_flops", "optimizer_flops"]).groupby("config").first()
+    table = curves.assign(flops=curves.tokens * curves.config.map(flops.sum(axis=1, skipna=False)))
+    across = {"tokens": (1e6, "tokens", "million tokens"), "flops": (1e12, "FLOPs", "training FLOPs, 10¹²")}
+    across |= {"cpu_seconds": (1, "CPU-time", "CPU-seconds of training steps")}
+    names = _known(table.config)
+    base = "softmax" if "softmax" in names else names[0] if names else None
     figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), sharey="row")
-    for (upper, lower), (what, (unit, label)) in zip(axes.T, across.items(), strict=True):
-        for place, config in enumerate(_known(table.config)):
-            rows = table[table.config == config].groupby("step")
-            for axis in (upper, lower):
-                _band(axis, rows[what].mean() / unit, rows.held_out_bits_per_byte, lw=1.5, **style(config, place))
-        high = table.groupby(["config", "step"])[what].mean().max() / unit  # of what is drawn: means of the seeds
+    for (upper, lower), (what, (unit, short, label)) in zip(axes.T, across.items(), strict=True):
+        for place, config in enumerate(names):
+            rows, look = table[table.config == config], {"lw": 1.5, **style(config, place)}
+            steps = rows.groupby("step")
+            _band(upper, steps[what].mean() / unit, steps.held_out_bits_per_byte, **look)
+            gaps = _behind(rows, table[table.config == base], what)
+            _band(lower, gaps.columns, gaps.clip(-FAR, FAR), **look)
         upper.set(xlabel=label)
-        lower.set(xlabel=label, xlim=(last * high, 1.01 * high) if high > 0 else None)
-    late = table[table.tokens > last * table.tokens.max()].held_out_bits_per_byte
-    if len(late):
-        room = 0.05 * (late.max() - late.min())
-        axes[1, 0].set_ylim(late.min() - room, late.max() + room)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("held-out bits per byte")
+        lower.set(xlabel=f"share of {base}'s {short}")
+    axes[0, 0].set_ylabel("held-out bits per byte")
+    axes[1, 0].set_ylabel(f"less those of {base} at the same cost")
     legend(figure, ncols=3, fontsize=9)
     return figure
 
 
-def _bins(axis: plt.Axes, lows: Iterable[int]) -> None:
-    """Places 0, 1, ... named as the doublings that begin at `lows`."""
-    names = [f"{low}" if low < 2 else f"{low}–{2 * low - 1:,}" for low in lows]
-    axis.set_xticks(range(len(names)), names, rotation=45, fontsize=8)
-    axis.set(xlabel="tokens seen before", xlim=(-0.5, len(names) - 0.5))
+def _behind(rows: pd.DataFrame, base: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Bits per byte less those of the base's run of the same seed when it had spent as much: a row a seed, a column a
+    share of all that the base spent, as far as every seed's run came.
+    """
+    shares, gaps = np.linspace(0.6, 1, 9), {}
+    for seed, some in rows.groupby("seed"):
+        other = base[base.seed == seed]
+        if len(other):
+            at = shares * other[what].max()
+            one, same = (np.interp(at, x[what], x.held_out_bits_per_byte, right=np.nan) for x in (some, other))
+            gaps[seed] = one - same
+    return pd.DataFrame(gaps, index=shares).T.dropna(axis=1)
 
 
 def positions(analysis: pd.DataFrame) -> plt.Figure:
-    """Loss by the tokens seen before; its difference to softmax, paired by seed; what more than the window gives."""
-    rows = analysis[analysis.measure.isin(("position", "longer"))].assign(key=lambda t: t.key.astype(int))
+    """Loss of the same tokens by how much of their past is in sight; its difference to softmax, paired by seed; what
+    more than the window gives.
+    """
+    rows = analysis[analysis.measure.isin(("past", "longer"))].assign(key=lambda t: t.key.astype(int))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=[3, 3, 1.4])
     by_run = {"index": "key", "columns": ["config", "seed"], "values": "value"}
-    table, longer = (rows[rows.measure == name].pivot_table(**by_run) for name in ("position", "longer"))
+    table, longer = (rows[rows.measure == name].pivot_table(**by_run) for name in ("past", "longer"))
     at = np.arange(len(table))
-    for place, config in enumerate(_known(rows.config, MIXERS)):
-        look, losses = style(config, place) | {"ls": "-"}, table[config]
-        whiskers = {"fmt": "o-", "lw": 1, "ms": 3, "color": look["color"]}
+    for place, config in enumerate(_known(rows.config, (*MIXERS, "delta-no-conv", "elu-no-conv"))):
+        look, losses = style(config, place), table[config]
+        whiskers = {"fmt": f"o{look['ls']}", "lw": 1, "ms": 3, "color": look["color"]}
         _band(left, at, losses.T, marker="o", ms=3, **look)
         if "softmax" in table and config != "softmax":
             gaps = (losses - table["softmax"]).dropna(axis=1)
-            _whiskers(middle, at + 0.12 * (place - 2.5), gaps.to_numpy(), **whiskers)
+            _whiskers(middle, at + 0.1 * (place - 3.5), gaps.to_numpy(), **whiskers)
         if config in longer:
-            x = np.arange(len(longer)) + 0.06 * (place - 2.5)
+            x = np.arange(len(longer)) + 0.06 * (place - 4)
             _whiskers(right, x, longer[config].to_numpy(), **whiskers)
-    for axis, lows in ((left, table.index), (middle, table.index), (right, longer.index)):
-        if len(lows):
-            _bins(axis, lows)
+    sights = [f"{sight}" if sight < 3 else f"{sight // 2 + 1}–{sight}" for sight in table.index]
+    for axis, names in ((left, sights), (middle, sights), (right, [f"{low}–{2 * low - 1:,}" for low in longer.index])):
+        axis.set_xticks(range(len(names)), names, rotation=45, fontsize=8)
+        axis.set(xlabel="tokens in sight", xlim=(-0.5, len(names) - 0.5) if names else None)
     middle.axhline(0, color=COLORS["softmax"])
     right.axhline(0, color=COLORS["law"], lw=1)
     left.set(ylabel="loss, nats per token")
     middle.set(ylabel="loss minus that of softmax, nats")
     right.set(ylabel="loss minus that within it, nats", title="beyond the window")
     if left.lines:
-        left.legend()
+        left.legend(fontsize=8)
     return figure
 
 
-def recall(table: pd.DataFrame, mqar: pd.DataFrame) -> plt.Figure:
-    """Against the bytes of state: how much worse than softmax on pairs shown before, and on what was not shown; beside
-    it the task of notebook 01.
+def recall(table: pd.DataFrame) -> plt.Figure:
+    """How much worse than softmax on tokens, by what the row has shown of them; beside it, what random tokens gain when
+    a row shows them a second time.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=[1.4, 1])
-    for place, config in enumerate(_known(table.config, MIXERS)):
-        state = table[table.config == config].state_bytes_256.iloc[0] / 1024
-        look = {"color": style(config, place)["color"], "ms": 7, "capsize": 3}
-        for nudge, measure, fill in ((0.98, "seen seen pair", "full"), (1.02, "seen new token", "none")):
-            mean, half, _ = compare.difference(table, config, "softmax", measure)
-            x = state * nudge * (1.1 if config == "elu" else 1)
-            left.errorbar(x, mean, np.nan_to_num(half), fmt="o", fillstyle=fill, **look)
-        left.plot([], [], color=look["color"], label=style(config, place)["label"])
-    left.plot([], [], "ko", label="pairs that the row has shown before")
-    left.plot([], [], "ko", mfc="none", label="tokens that it has not shown")
+    shown = ["new token", "seen token", "seen pair"]
+    names = _known(table.config, MIXERS)
+    for place, config in enumerate(names):
+        rows = table[table.config == config]
+        look = {"color": style(config, place)["color"], "fmt": "o", "ms": 6}
+        if config != "softmax":
+            means, halves = np.transpose([compare.difference(table, config, "softmax", f"seen {x}")[:2] for x in shown])
+            x = np.arange(3) + 0.15 * (place - 2.5)
+            left.errorbar(x, means, np.nan_to_num(halves), label=style(config, place)["label"], **look)
+        _whiskers(right, [place], [rows["copying gain"]], **look)
     left.axhline(0, color=COLORS["softmax"], lw=1)
-    left.set(xlabel="state after 256 tokens, KiB", ylabel="loss minus that of softmax, nats", xlim=(24, 1024))
-    ticks(left, [32, 64, 128, 256, 512])
+    left.set_xticks(range(3), shown)
+    left.set(ylabel="loss minus that of softmax, nats", xlim=(-0.5, 2.5))
     left.legend()
-    kinds = ("softmax", "delta", "taylor", "elu")
-    for place, kind in enumerate(kinds):
-        values = mqar[(mqar.kind == kind) & (mqar.lr == mqar.lr.min())].iloc[:, -1]
-        right.plot([place] * len(values), values, "o", color=COLORS[kind], alpha=0.6, clip_on=False)
-    right.set_xticks(range(len(kinds)), [NAMES[kind].replace(" (", "\n(") for kind in kinds], fontsize=8)
-    right.set(ylabel="share of values recalled", title="MQAR, notebook 01: 4 and 8 pairs, all seeds", ylim=(None, 1))
-    right.margins(x=0.15)
+    right.axhline(0, color=COLORS["law"], lw=1)
+    states = [table[table.config == name].state_bytes_256.iloc[0] / 1024 for name in names]
+    labels = [
+        f"{style(name)['label'].partition(' (')[0]}\n{state:,.0f} KiB"
+        for name, state in zip(names, states, strict=True)
+    ]
+    right.set_xticks(range(len(names)), labels, fontsize=8)
+    right.set(
+        ylabel="nats gained by a second showing", title="random tokens, shown twice", xlim=(-0.5, len(names) - 0.5)
+    )
     return figure
 
 
@@ -191,7 +206,7 @@ def experts(
     left.set(xlabel="share of the training", ylabel="choices that are final (saturation)", ylim=(0, 1.02))
     middle.set_xticks(range(3), deciding)
     middle.set(ylabel="share of the choice that it decides", ylim=(0, 1.02), xlim=(-0.5, 2.5))
-    right.set(xlabel="million tokens", ylabel="MaxVio between two measurements", yscale="log")
+    right.set(xlabel="million tokens", ylabel="MaxVio over some steps", yscale="log")
     legend(figure, ncols=4)
     return figure
 
@@ -206,19 +221,23 @@ def differences(found: Mapping[str, pd.DataFrame]) -> plt.Figure:
     for axis, (label, rows) in zip(np.atleast_1d(axes), found.items(), strict=True):
         neutral = rows.neutral.iloc[0]
         axis.axvline(neutral, color="black", lw=1)
+        near = rows[(rows["mean"] - neutral).abs() < FAR] if not neutral else rows
         for place, row in enumerate(rows.itertuples()):
             seen = compare.verdict(row.mean - neutral, row.half, 1) != "silent"
             color = COLORS["experts"] if seen else COLORS["loss"]
+            if row.Index not in near.index:
+                text = f"{row.mean:+.2f} ± {row.half:.2f}"
+                edge = {"xycoords": ("axes fraction", "data"), "va": "center", "color": color, "fontsize": 9}
+                axis.annotate(
+                    text, (0.03 if row.mean < 0 else 0.97, place), ha="left" if row.mean < 0 else "right", **edge
+                )
+                continue
             axis.plot([row.low, row.high], [place - 0.25] * 2, **published)
             axis.errorbar(row.mean, place, xerr=np.nan_to_num(row.half), fmt="o", capsize=3, color=color)
         axis.set_yticks(range(len(rows)), rows.name)
         if neutral:
             axis.set_xscale("log")
             axis.set_xticks(at := [0.5, 0.7, 1, 1.5, 2, 3], map(str, at))
-        else:
-            axis.set_xscale("symlog", linthresh=0.03)
-            axis.margins(x=0.1)
-            axis.set_xticks(at := [-0.3, -0.03, 0, 0.03], map(str, at))
         axis.minorticks_off()
         side = "better \N{RIGHTWARDS ARROW}" if neutral else "\N{LEFTWARDS ARROW} better"
         axis.set_title(side, loc="right" if neutral else "left", fontsize=9)

@@ -1,12 +1,14 @@
 """Runs side by side from their files, also broken ones; and the arithmetic of intervals and verdicts, by hand."""
 
 import math
+import sys
 
 import pandas as pd
 import pytest
 from runs import make
 
 from dsl import compare
+from dsl.attention import MIXERS
 from dsl.runlog import RunLog
 from dsl.settings import SettingsError
 
@@ -52,8 +54,28 @@ def test_missing_rows_are_counted_and_their_time_is_not_lost(home):
 
 def test_a_mixer_that_is_not_here_costs_nothing_but_its_figures(home):
     row = compare.row(logged("gone", layer_types=["linear_attention"], linear_attention_kind="not_here:Mixer"))
-    assert "its cost is unknown: mixer='not_here:Mixer' cannot be imported" in row["notes"]
+    assert "its cost is unknown: linear_attention_kind='not_here:Mixer' is code from elsewhere" in row["notes"]
     assert row["status"] == "complete" and "parameters" not in row
+
+
+def test_code_that_a_log_names_is_not_run(home, monkeypatch):
+    (home / "loud_module.py").write_text("raise SystemExit('run')")
+    monkeypatch.chdir(home)
+    row = compare.row(logged("loud", layer_types=["linear_attention"], linear_attention_kind="loud_module:Mixer"))
+    assert "is code from elsewhere" in row["notes"] and "loud_module" not in sys.modules
+
+
+def test_a_mixer_of_somebodys_that_fails_ends_no_table(home, monkeypatch):
+    monkeypatch.setitem(MIXERS, "broken", lambda config: 1 / 0)
+    row = compare.row(logged("broken", layer_types=["linear_attention"], linear_attention_kind="broken"))
+    assert "its cost is unknown: division by zero" in row["notes"] and row["status"] == "complete"
+
+
+def test_rows_of_fewer_steps_have_no_maxvio(home):
+    place = logged("short", (4, 8, 11, 12, 16), measured=())
+    table = pd.read_csv(place / "metrics.csv").assign(maxvio_1=[1.0, 2, 3, 4, 5])
+    table.to_csv(place / "metrics.csv", index=False)
+    assert compare.curve(place).maxvio.fillna(-1).tolist() == [1, 2, -1, -1, 5]
 
 
 def test_a_cut_row_is_no_row(home):
@@ -102,7 +124,10 @@ def test_what_cannot_be_compared_is_said(home):
 
 def test_names_are_folders_of_logs(home):
     place = logged("mine")
-    assert compare.log_dirs("mine, mine") == [place, place] and compare.log_dirs("") == []
+    assert compare.log_dirs("mine, mine") == [place, place]
+    for nothing in ("", ","):
+        with pytest.raises(SettingsError, match=f"run must name folders of logs/training, got '{nothing}'"):
+            compare.log_dirs(nothing)
     with pytest.raises(SettingsError, match="run must name folders of logs/training, got 'mime', did you mean 'mine'"):
         compare.log_dirs("mine,mime")
 

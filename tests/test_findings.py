@@ -44,27 +44,24 @@ def fake():
         for config, shift in (("hybrid", 0.0), ("hybrid-dense", 0.1)):
             states = {"state_bytes_8192": 10, "state_bytes_131072": 10 + 2 * (131_072 - 8_192)}
             bits = 2 + shift * (1 + seed / 10) + seed / 100
-            runs.append({"config": config, "seed": seed, "bits_per_byte": bits, "training_flops": 5, **states})
+            runs.append({"config": config, "seed": seed, "final_bits_per_byte": bits, "training_flops": 5, **states})
             curves.append(curve(config, seed, [4, 3, bits]).assign(maxvio=[9.0, 1 + shift, 1.0]))
             for layer in (1, 3):
                 for step, share in ((10, 0.5), (20, 1.0)):
                     analysis.append((config, seed, "saturation", layer, str(step), share))
-                analysis.append((config, seed, "seen", layer, "seen pair", layer + shift))
-                analysis.append((config, seed, "seen", layer, "new token", 5))
+                analysis.append((config, seed, "copying", layer, "again", layer + shift))
+                analysis.append((config, seed, "copying", layer, "first", 5))
     columns = ["config", "seed", "measure", "layer", "key", "value"]
     return pd.DataFrame(runs), pd.concat(curves), pd.DataFrame(analysis, columns=columns)
 
 
 def test_one_row_a_run_one_column_a_figure(fake):
-    mqar = pd.DataFrame([("hybrid", 0.003, 0, 0.9), ("hybrid", 0.01, 0, 0.1)], columns=["kind", "lr", "seed", "last"])
-    table = findings.measures(*fake, mqar)
+    table = findings.measures(*fake)
     assert len(table) == 6 and findings.seeds(fake[0]) == "3 seeds"
     row = table[(table.config == "hybrid-dense") & (table.seed == 1)].iloc[0]
-    assert row["seen seen pair"] == pytest.approx(2.1), "mean of the layers"
-    assert row["recall gap"] == pytest.approx(2.1 - 5)
-    assert row["saturation first"] == 0.5 and row["saturation 20"] == 1
+    assert row["copying again"] == pytest.approx(2.1), "mean of the layers"
+    assert row["copying gain"] == pytest.approx(5 - 2.1) and row["saturation 20"] == 1
     assert row.maxvio == pytest.approx((9 + 1.1 + 1) / 3) and row.state_bytes_per_token == 2
-    assert table[table.config == "hybrid"].mqar.tolist()[0] == 0.9
 
 
 def test_seeds_that_are_missing_are_named(fake):
@@ -108,8 +105,7 @@ def test_a_claim_is_well_formed(claim):
 @pytest.mark.skipif(not (FIGURES / "04_runs.csv").exists(), reason="no study is committed")
 def test_every_claim_that_is_measured_finds_its_figure():
     tables = findings.tables(FIGURES)
-    mqar = pd.read_csv(FIGURES / "01_mqar.csv")
-    table = findings.measures(tables["runs"], tables["curves"], tables["analysis"], mqar)
+    table = findings.measures(tables["runs"], tables["curves"], tables["analysis"])
     found = findings.claims(table, tables["curves"])
     assert set(found.claim[found.ours == "not run"]) == set()
     assert sum(path.stat().st_size for path in FIGURES.glob("04_*.csv")) < 400_000

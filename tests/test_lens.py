@@ -1,12 +1,13 @@
 """What is measured on one run's weights, by hand on rows of few tokens; then a real tiny run under the lens."""
 
 import math
+import shutil
 
 import pytest
 import tiny
 import torch
 from helpers import assert_close, seeded
-from runs import cache, home, make, train  # noqa: F401
+from runs import cache, home, train  # noqa: F401
 
 from dsl import checkpoint, evaluation, lens, settings
 
@@ -41,22 +42,46 @@ def test_losses_of_tokens_sum_to_the_loss_of_the_model():
     assert_close("bits per byte", losses.nansum() / math.log(2) / 100, torch.tensor(bits))
 
 
+def test_the_same_tokens_are_scored_with_less_and_less_in_sight():
+    seeded()
+    model, rows = tiny.shell().model, tiny.tokens(5, 17)
+    found = {key: (count, value) for *_, key, count, value in lens._past(model, rows)}
+    assert [*found] == [1, 2, 4, 8, 16] and {count for count, _ in found.values()} == {5 * 8}
+    assert found[16][1] == pytest.approx(float(lens.token_losses(model, rows)[:, 8:].mean()), abs=1e-6)
+    alone = [lens.token_losses(model, rows[:, t : t + 2]) for t in range(8, 16)]
+    assert found[1][1] == pytest.approx(float(torch.cat(alone).mean()), abs=1e-6)
+    # with 4 in sight each piece of two scored tokens sees one or two more before them
+    pieces = [lens.token_losses(model, rows[:, t - 2 : t + 3])[:, 2:] for t in range(8, 16, 2)]
+    assert found[4][1] == pytest.approx(float(torch.cat(pieces).mean()), abs=1e-6)
+
+
+def test_what_is_shown_again_is_scored_apart(monkeypatch):
+    asked = []
+
+    def losses(model, rows):  # every token costs its place in the row
+        asked.append(rows)
+        return torch.arange(rows.shape[1] - 1.0).expand(len(rows), -1)
+
+    monkeypatch.setattr(lens, "token_losses", losses)
+    found = {key: (count, value) for *_, key, count, value in lens._copying(tiny.shell().model, 8)}
+    [rows] = asked
+    assert rows.shape[1] == 9 and torch.equal(rows[:, :4], rows[:, 4:8])
+    # the first showing predicts places 1, 2, 3 from 0, 1, 2; the second the same tokens from 4, 5, 6
+    assert found == {"first": (3 * len(rows), 1.0), "again": (3 * len(rows), 5.0)}
+
+
 def test_a_token_of_a_longer_row_is_compared_with_itself():
     seeded()
     config = {"layer_types": ["linear_attention"], "max_position_embeddings": 32, "vocab_size": 257}
-    model, run = tiny.shell(**config).model, make(**config, tokenizer="bpe:257")
-    text = tiny.tokens(2 * 1024 - 40 + 1)
+    model, text = tiny.shell(**config).model, tiny.tokens(2 * 1024 - 40 + 1)
     short, long = (cut(text, length) for length in (32, 1024))
     losses = lens.token_losses(model, short)
-    found = {
-        (measure, key): (count, value) for measure, _, key, count, value in lens._positions(model, run, losses, long)
-    }
+    found = {key: (count, value) for *_, key, count, value in lens._beyond(model, losses, long)}
     far, near = lens.token_losses(model, long).flatten(), losses.flatten()
     same = [i for i in range(len(near)) if 64 <= i % 1024 < 128]
-    assert found["longer", 64][0] == len(same) == 128
-    assert found["longer", 64][1] == pytest.approx(float((far[same] - near[same]).mean()), abs=1e-6)
-    assert found["position", 16][1] == pytest.approx(float(losses[:, 16:32].nanmean()), abs=1e-6)
-    assert ("position", 32) not in found and ("longer", 16) not in found
+    assert found[64][0] == len(same) == 128
+    assert found[64][1] == pytest.approx(float((far[same] - near[same]).mean()), abs=1e-6)
+    assert [*found] == [32, 64, 128, 256, 512]
 
 
 def cut(text: torch.Tensor, length: int) -> torch.Tensor:
@@ -73,18 +98,20 @@ def test_a_run_under_the_lens(home):  # noqa: F811
     rows, curves, found, notes = lens.of_runs("mine")
     assert notes == [] and list(rows.config) == ["mine"] and len(curves) == 1
     kinds = found.groupby("measure").size()
-    assert {"final", "position", "longer", "seen", "kind", "saturation", "specialisation"} == set(kinds.index)
+    assert {"final", "past", "longer", "copying", "seen", "kind", "saturation", "specialisation"} == set(kinds.index)
     at = found.set_index(["measure", "key"]).value
     assert at["final", "bits_per_byte"] == pytest.approx(rows.bits_per_byte[0], rel=1e-4)
     assert at["saturation", "4"] == 1 and 0 <= at["saturation", "2"] <= 1
     assert (at["specialisation"].between(0, 1)).all()
-    assert at["position"].index.tolist() == ["0", "1", "2", "4", "8", "16"], "to the window of 32"
+    assert at["past"].index.tolist() == ["1", "2", "4", "8", "16", "32"], "to the window of 32"
     assert at["longer"].index.tolist() == ["32", "64", "128", "256", "512"], "and beyond it, without a softmax layer"
     sums = found.assign(sum=found.value * found["count"]).groupby("measure")[["sum", "count"]].sum()
     assert sums.loc["seen"].tolist() == pytest.approx(sums.loc["kind"].tolist()), "both sort the same tokens"
     made = lens.analysis(settings.home() / "logs" / "training" / "mine")
     stamp = made.stat().st_mtime_ns
     assert lens.of_runs("mine")[2].equals(found) and made.stat().st_mtime_ns == stamp, "made once"
+    shutil.rmtree(home / "checkpoints" / "mine")
+    assert lens.of_runs("mine")[2].equals(found), "and kept when the weights are gone"
 
 
 @pytest.mark.parametrize("logged", ["", "step,tokens,loss,held_out_bits_per_byte,step_seconds,cpu_percent\n"])

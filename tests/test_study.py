@@ -17,6 +17,7 @@ from dsl.settings import SettingsError
 
 COMMAND = "import sys; from dsl import study; sys.exit(study.main(sys.argv[1:]))"
 SMALL = ["--steps", "2", "--seeds", "1", "--jobs", "1", "--only"]
+MANY = 30  # steps that take a second or more, so that a kill between two of them comes in time
 
 
 def test_the_plan_has_every_configuration_of_a_seed_before_the_next(monkeypatch):
@@ -34,7 +35,7 @@ def test_the_plan_has_every_configuration_of_a_seed_before_the_next(monkeypatch)
 
 def test_an_unknown_configuration_is_refused_before_anything_is_trained(capsys, tmp_path):
     with pytest.raises(SettingsError, match="unknown configuration 'sofmax', did you mean 'softmax'"):
-        study.run(2, 1, ["softmax", "sofmax"], tmp_path)
+        study.train_grid(2, 1, ["softmax", "sofmax"], tmp_path)
     with pytest.raises(SystemExit) as end:
         study.main(["--only", "hybird", "--tables", str(tmp_path)])
     assert end.value.code == 2 and "did you mean 'hybrid'" in capsys.readouterr().err
@@ -88,10 +89,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(home, monkeypatch, capfd
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="kills a process group")
 def test_a_study_that_is_killed_goes_on(home):  # noqa: F811
-    arguments = [*SMALL, "softmax", "elu", "--tables", str(home / "tables")]
+    arguments = [*SMALL, "softmax", "elu", "--tables", str(home / "tables"), "--steps", str(MANY)]
     code = f"import sys; sys.argv[1:] = {arguments!r}; {COMMAND}"
     process = elsewhere(code, start_new_session=True)
-    first, second = (run for _, run in study.plan(2, 1, ["softmax", "elu"]))
+    first, second = (run for _, run in study.plan(MANY, 1, ["softmax", "elu"]))
     while not (second.log_dir / "metrics.csv").exists():  # the second is in its training
         assert process.poll() is None, "ended too early"
         time.sleep(0.05)
