@@ -76,7 +76,7 @@ def decoding(kind: str, context: int, config: ModelConfig) -> tuple[float, int]:
     """(CPU-seconds of one new token after `context` tokens, bytes of state) of one mixer, batch 1, fp32.
 
     Linear kinds read that many random tokens; softmax and latent attention, which would need T^2 work for it, are given
-    random keys and values of as many.
+    random keys and values of as many. Their seconds include a copy of the cache, which grows by one token.
     """
     mixer, c = attention.MIXERS.resolve(kind)(config), config
     x, position = torch.randn(1, 1, c.hidden_size), torch.tensor([[context]])

@@ -118,7 +118,9 @@ def _color(kind: str) -> str:
 
 
 def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, float], guess: float) -> plt.Figure:
-    """Loss over number of keys, ours (mean and span of seeds) over the authors' points; setting 1 left, 2 right."""
+    """Loss over number of keys, ours (mean and span of seeds) over the authors' points; setting 1 left, with the law of
+    rank (1 - width / N) / 2 of each of `capacities`, 2 right.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), sharey=True)
     kind, measured = ["setting", "memory", "rule"], {row["memory"] for row in rows}
     for (setting, memory, rule), theirs in pd.DataFrame(published).sort_values("keys").groupby(kind):
@@ -135,13 +137,16 @@ def retrieval(rows: list[dict], published: list[dict], capacities: dict[str, flo
     for axis, title in zip(axes, titles, strict=True):
         axis.set(xlabel="number of keys N", title=title)
         ticks(axis, [n for n in (20, 40, 80, 160, 320, 600) if n <= axis.dataLim.xmax])
-    for memory, width in capacities.items():
+    for i, (memory, width) in enumerate(capacities.items()):
         color = _color(memory) if memory in measured else COLORS["published"]
         axes[0].axvline(width, color=color, ls=":", lw=1.2, label=f"_bound, {memory}")
-        note = f"bound, {SHORT[memory]}: {width:.0f}"
+        many = np.linspace(width, axes[0].dataLim.xmax)
+        label = f"_law, {memory}" if i else "law, (1 − d / N) / 2"
+        axes[0].plot(many, (1 - width / many) / 2, "--", color=COLORS["law"], lw=0.9, label=label)
+        note = f"{SHORT[memory]}, d = {width:.0f}"
         place = {"xytext": (-2, 0), "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "top"}
         axes[0].annotate(note, (width, 0.6), **place, fontsize=8, color=color)
-    axes[0].axvline(guess, color="black", ls="--", lw=1.2, label=f"my guess: N = {guess:g}")
+    axes[0].axvline(guess, color="black", ls="-.", lw=1.2, label=f"my guess: N = {guess:g}")
     axes[0].set(ylabel="retrieval loss, 0.5 |error|²", ylim=(-0.012, 0.61))
     for axis in axes:
         axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)

@@ -9,9 +9,13 @@ from helpers import assert_close, seeded
 from dsl import ops, recall
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    seeded()
+
+
 def test_reading_once_equals_the_last_row_of_the_plain_forms():
     """A query at the end, with a key of zero so that it writes nothing."""
-    seeded()
     q, k, v = torch.rand(3, 1, 8).double(), torch.rand(3, 11, 8).double(), torch.randn(3, 11, 5).double()
     beta = torch.rand(3, 11, 1).double()
     end = lambda x: torch.cat([x, torch.zeros_like(x[:, :1])], 1)[:, :, None]  # noqa: E731
@@ -26,7 +30,6 @@ def test_reading_once_equals_the_last_row_of_the_plain_forms():
 
 @pytest.mark.parametrize(("memory", "rule"), [("softmax", "sum"), ("elu", "sum"), ("dpfp2", "delta")])
 def test_the_lookup_equals_a_layer_on_one_hot_and_embedding(memory, rule):
-    seeded()
     model = recall.Memory(6, memory, rule).double()
     k, v = torch.randint(6, (2, 9)), torch.randint(6, (2, 9))
     plain = torch.cat([torch.nn.functional.one_hot(v, 6).double(), model.embed(k)], -1)
@@ -44,13 +47,31 @@ def test_the_interference_law_holds_and_the_delta_rule_does_better():
     assert recall.interference(32, 64, phi=ops.elu_feature_map) > 10 * 31 / 64  # positive features: keys look alike
 
 
-def test_one_pass_delta_equals_the_rule_step_by_step():
-    seeded()
-    k = torch.nn.functional.normalize(torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(3)), dim=-1)
-    values = torch.eye(9).expand(4, -1, -1)[:, :, None]
-    _, state = ops.delta_rule(k[:, :, None], k[:, :, None], values, torch.ones(4, 9, 1), form="recurrent")
-    want = (k @ state[:, 0] - torch.eye(9)).square().sum(-1).mean()
-    assert recall.interference(9, 6, rule="delta", draws=4, seed=3) == pytest.approx(want.item(), rel=1e-4)
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_interference_equals_its_rule_step_by_step(rule):
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.nn.functional.normalize(torch.randn(4, 9, 6, generator=generator), dim=-1) for _ in range(2))
+    state = torch.zeros(4, 6, 6)
+    for key, value in zip(k.unbind(1), v.unbind(1), strict=True):
+        old = (key[:, None] @ state)[:, 0] if rule == "delta" else 0
+        state = state + key[:, :, None] * (value - old)[:, None]
+    want = (k @ state - v).square().sum(-1).mean()
+    assert recall.interference(9, 6, rule=rule, draws=4, seed=3) == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_no_memory_reads_below_the_law_of_rank(rule):
+    """The identity cut off at the width reaches it; random memories of either rule stay above."""
+    for keys, width in ((12, 5), (9, 6)):
+        law = recall.rank_law(keys, width)
+        best = torch.diag((torch.arange(keys) < width).double())
+        assert recall._loss(best[None], torch.arange(keys)[None]).item() == pytest.approx(law)
+        q, k = torch.rand(2, 4, keys, width).double()
+        beta = torch.rand(4, keys, 1).double() if rule == "delta" else None
+        values = torch.stack([torch.randperm(keys) for _ in range(4)])
+        read = recall.read(q, k, torch.nn.functional.one_hot(values, keys).double(), beta)
+        assert all(recall._loss(*pair).item() >= law for pair in zip(read, values, strict=True))
+    assert recall.rank_law(6, 6) == recall.rank_law(6, math.inf) == 0
 
 
 def test_capacity_is_the_width_of_the_features():
@@ -101,9 +122,11 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     assert recall.sweep(path, runs[1:2], measure) == [{"keys": 5, "memory": "elu", "loss": pytest.approx(5 / 3)}]
 
 
-def test_break_points_and_distances_come_from_means_over_seeds():
+def test_break_points_hold_for_every_seed_and_distances_come_from_their_means():
     base = {"setting": 1, "memory": "elu", "rule": "sum"}
-    rows = [base | {"keys": n, "loss": x} for n, x in ((40, 0.0), (60, 0.01), (60, 0.03), (80, 0.01), (80, 0.05))]
-    assert recall.break_point(rows, "elu") == 80 and recall.break_point(rows, "dpfp1") is None
+    losses = ((40, 0.0), (60, 0.01), (60, 0.03), (70, 0.0), (80, 0.03), (80, 0.05))
+    rows = [base | {"keys": n, "loss": x} for n, x in losses]
+    assert recall.break_point(rows, "elu") == (40, 80), "70, which one seed held, lies between"
+    assert all(map(math.isnan, recall.break_point(rows, "dpfp1")))
     published = [base | {"keys": 60, "loss": 0.05}, base | {"keys": 200, "loss": 0.9}]
     assert recall.distances(rows, published) == {(1, "elu", "sum", 60): pytest.approx(0.03)}
