@@ -78,18 +78,22 @@ def look_ahead(shares: Mapping[str, float], trials: int, guess: float | None = N
 
 
 def balance(results: pd.DataFrame, floor: float) -> plt.Figure:
-    """Held-out loss against imbalance, one point a training; beside it the published pair."""
+    """Held-out loss less the mean of its seed, which is the larger part, against imbalance, one point a training;
+    beside it the published pair.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    apart = results.bits_per_byte - results.groupby("seed").bits_per_byte.transform("mean")
     names = list(METHODS | PUBLISHED)
     for method, (color, marker) in METHODS.items():
         rows = results[results.method == method]
-        left.plot(rows.maxvio_global, rows.bits_per_byte, marker, color=color, label=method)
+        left.plot(rows.maxvio_global, apart[rows.index], marker, color=color, label=method)
         right.plot(rows.maxvio_global, [names.index(method)] * len(rows), marker, color=color)
     for method, (perplexity, maxvio) in PUBLISHED.items():
         right.plot(maxvio, names.index(method), "D", color=COLORS["published"], ms=7)
         text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "left", "fontsize": 8}
         right.annotate(f"perplexity {perplexity:.2f}", (maxvio, names.index(method)), **text)
-    left.set(xlabel="MaxVio on held-out text", ylabel="held-out bits per byte", xlim=(0, None))
+    ylabel = "held-out bits per byte\nless the mean of the seed"
+    left.set(xlabel="MaxVio on held-out text", ylabel=ylabel, xlim=(0, None))
     left.margins(y=0.1)
     right.plot([], [], "D", color=COLORS["published"], label="published, 1B (2408.15664)")
     right.axvline(floor, color=COLORS["law"], lw=0.9, label="sampling floor")
@@ -102,8 +106,8 @@ def balance(results: pd.DataFrame, floor: float) -> plt.Figure:
 def museum(caught: pd.DataFrame, losses: pd.DataFrame) -> plt.Figure:
     """Which check sees which bug, and what each does to the loss: that reported in training, and the real one.
 
-    `losses` has columns bug, seed, reported, real, one row a training. Drawn is the difference from the shipped code
-    with the first seed, whose start and data the bugs share; other seeds of the shipped code span the noise.
+    `losses` has columns bug, seed, reported, real, one row a training. Drawn is the difference from the mean of the
+    shipped code, whose seeds span the noise; a line marks the first of them, whose start and data the bugs share.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, width_ratios=[1.5, 1])
     left.imshow(caught.to_numpy(), cmap="Purples", vmin=0, vmax=1.3, aspect="auto")
@@ -112,16 +116,18 @@ def museum(caught: pd.DataFrame, losses: pd.DataFrame) -> plt.Figure:
     left.grid(visible=False)
     left.set(title="checks that fail (dark)")
     shipped = losses[losses.bug == caught.index[0]].sort_values("seed").real
-    noise = shipped - shipped.iloc[0]
+    noise = shipped - shipped.mean()
     right.axvspan(noise.min(), noise.max(), color="#e6e6e6", label="shipped code, span of seeds")
+    right.axvline(noise.iloc[0], color="#777777", ls=":", lw=1.2, label="shipped code, seed of the bugs")
     rows = losses.bug.map(list(caught.index).index)
-    right.plot(losses.reported - shipped.iloc[0], rows, "o", color=COLORS["loss"], label="reported in training")
+    right.plot(losses.reported - shipped.mean(), rows, "o", color=COLORS["loss"], label="reported in training")
     ring = {"mfc": "none", "ms": 8, "color": COLORS["held_out"]}
-    right.plot(losses.real - shipped.iloc[0], rows, "o", **ring, label="real tokens only")
+    right.plot(losses.real - shipped.mean(), rows, "o", **ring, label="real tokens only")
     right.set_xscale("symlog", linthresh=0.1, linscale=1.5)
     right.xaxis.set_major_formatter("{x:g}")
     scale = "symlog axis: linear between -0.1 and 0.1"
-    right.set(xlabel=f"loss less that of shipped, seed 0, nats per token\n({scale})", title="what it does to the loss")
+    xlabel = f"loss less the mean of shipped, nats per token\n({scale})"
+    right.set(xlabel=xlabel, title="what it does to the loss")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26))
     return figure
 
