@@ -1,5 +1,5 @@
 # Every target makes .venv on first use; when it is there and up to date, nothing is installed.
-# Variables: ARGS (passed on), PYTHON (which interpreter makes .venv), VENV (where).
+# Variables: ARGS (passed on), PYTHON (which interpreter makes .venv), VENV (where), DSL_HOME (where runs go).
 
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -16,12 +16,13 @@ help: ## this list
 
 setup: $(STAMP) ## make .venv and install the pinned versions into it (the other targets do this by themselves)
 
+LOGS := $(if $(DSL_HOME),$(DSL_HOME)/)logs
 train: $(STAMP) ## run notebook 03, about three minutes: ARGS="-p max_steps 300 -p preset tiny"; again: goes on
-	@mkdir -p logs
-	$(VENV)/bin/papermill --no-progress-bar notebooks/03_train.ipynb logs/03_train.out.ipynb $(ARGS)
-	@echo "curves and texts: logs/03_train.out.ipynb; what there is now: $(VENV)/bin/dsl runs; to talk to it: $(VENV)/bin/dsl generate --help"
+	@mkdir -p "$(LOGS)"
+	$(VENV)/bin/papermill --no-progress-bar notebooks/03_train.ipynb "$(LOGS)/03_train.out.ipynb" $(ARGS)
+	@echo "curves and texts: $(LOGS)/03_train.out.ipynb; what there is now: $(VENV)/bin/dsl runs; to talk to it: $(VENV)/bin/dsl generate --help"
 
-# Two processes at least, four at most: each takes up to 2 GB, and a file's tests stay together.
+# A process for each core (not each thread), four at most: it takes up to 2 GB, and a file's tests stay together.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(STAMP) ## run the tests: ARGS="-k name" for some of them, ARGS="-m long" for the six that take half a minute each
@@ -35,7 +36,7 @@ notebooks: $(STAMP) ## run every notebook and renew the outputs in it (then: git
 
 figures: $(STAMP) ## run every notebook and renew the committed figures
 	DSL_FIGURES="$(CURDIR)/figures" $(PY) tests/notebook_tools.py run $(or $(ARGS),$(NOTEBOOKS))
-	$(if $(ARGS),,DSL_FIGURES="$(CURDIR)/figures" $(PY) -m pytest -q tests/test_browser.py -k playground)
+	$(if $(ARGS),,DSL_TEST_FIGURES="$(CURDIR)/figures" $(PY) -m pytest -q tests/test_browser.py -k playground)
 
 docs: $(STAMP) ## renew the computed tables of README.md and docs/
 	$(PY) tests/doc_tables.py

@@ -20,6 +20,10 @@ os.environ.setdefault("DSL_CACHE", str(ROOT / ".cache" / "dsl"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are small: threads cost more than they give
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+for name in ("JPY_SESSION_NAME", "VSCODE_PID", "DSL_API_KEY", "DSL_FIGURES"):  # pytest may be started from a notebook
+    os.environ.pop(name, None)
+if "DSL_TEST_FIGURES" in os.environ:  # `make figures`: here the tests do draw into the committed folder
+    os.environ["DSL_FIGURES"] = os.environ["DSL_TEST_FIGURES"]
 
 
 def pytest_configure(config):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import seeded
 from hub_emulator import FAULTS, Hub, write_dataset
 from runs import assert_same, cache, elsewhere, home, make, table, train  # noqa: F401
 
@@ -59,9 +60,7 @@ def live(name: str, settings: dict, phase: str, call: int, share: float) -> None
 
 
 def killed(settings: dict, kills: int) -> None:
-    seed = int(os.environ.get("DSL_SEED") or random.SystemRandom().randrange(2**31))
-    print(f"DSL_SEED={seed}")
-    chance, done, run, phases = random.Random(seed), Counter(), 0, []
+    chance, done, run, phases = random.Random(seeded().initial_seed()), Counter(), 0, []
     train("whole", **settings)
     while done.total() < kills:
         phases = phases or chance.sample([*PHASES], len(PHASES))
@@ -101,7 +100,7 @@ def test_killed_anywhere_while_it_streams_over_a_bad_line(home, monkeypatch):  #
     write_dataset(home / "hub", "HuggingFaceTB/cosmopedia", {"web_samples_v2": shards}, rows_per_group=7)
     faults = random.Random(0)
     with Hub(home / "hub") as hub:
-        hub.use(monkeypatch, timeout=0.5)
+        hub.use(monkeypatch)
         hub.fault = lambda path, span: faults.choice(FAULTS[:-1]) if span and faults.random() < 0.2 else None
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HOME", str(home / "hf"))

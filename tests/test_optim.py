@@ -3,12 +3,12 @@
 import copy
 import io
 import math
-import random
 import types
 from itertools import pairwise
 
 import pytest
 import torch
+from helpers import seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,11 +20,8 @@ from dsl.settings import TrainConfig
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    value = random.randrange(2**31)
-    print("seed", value)
-    torch.manual_seed(value)
-    return value
+def _seed():
+    seeded()
 
 
 def torch_rates(make, steps, top):
