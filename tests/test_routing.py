@@ -154,7 +154,7 @@ def test_cost_of_a_silent_expert(generator):
         model.moe_blocks[0].experts.down_proj[3] = 0
     routed, shared = routing.drop_cost(model, rows)
     assert routed.shape == (2, 4) and shared.shape == (2,)
-    assert routed[0, 3] == 0 and routed[1].abs().min() > 1e-5 and shared.abs().min() > 1e-5
+    assert routed[0, 3] == 0 and (routed[1] != 0).all() and (shared != 0).all()
     before["layers.0.mlp.experts.down_proj"][3] = 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert routing.drop_cost(small_model(), rows)[1] is None

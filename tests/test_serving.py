@@ -406,7 +406,7 @@ def test_nobody_waits_for_an_engine_that_has_ended(model, tokenizer, monkeypatch
 
 
 def test_overload_is_said_and_passes(model, tokenizer, monkeypatch):
-    Slow(monkeypatch, 0.3)  # all six have come before the first is done
+    Slow(monkeypatch, 0.15)  # all six have come before the first is done
     with serving(model, tokenizer, limits=Limits(running=1, waiting=1)) as url, ThreadPoolExecutor(6) as pool:
         answers = [*pool.map(lambda _: post(f"{url}/v1/completions", json=GREEDY), range(6))]
         codes = sorted(a.status_code for a in answers)
