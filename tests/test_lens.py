@@ -44,15 +44,15 @@ def test_losses_of_tokens_sum_to_the_loss_of_the_model():
 
 def test_the_same_tokens_are_scored_with_less_and_less_in_sight():
     seeded()
-    model, rows = tiny.shell().model, tiny.tokens(5, 17)
+    model, rows = tiny.shell().model.double(), tiny.tokens(5, 17)
     found = {key: (count, value) for *_, key, count, value in lens._past(model, rows)}
     assert [*found] == [1, 2, 4, 8, 16] and {count for count, _ in found.values()} == {5 * 8}
-    assert found[16][1] == pytest.approx(float(lens.token_losses(model, rows)[:, 8:].mean()), abs=1e-6)
+    assert found[16][1] == pytest.approx(float(lens.token_losses(model, rows)[:, 8:].mean()), abs=1e-9)
     alone = [lens.token_losses(model, rows[:, t : t + 2]) for t in range(8, 16)]
-    assert found[1][1] == pytest.approx(float(torch.cat(alone).mean()), abs=1e-6)
+    assert found[1][1] == pytest.approx(float(torch.cat(alone).mean()), abs=1e-9)
     # with 4 in sight each piece of two scored tokens sees one or two more before them
     pieces = [lens.token_losses(model, rows[:, t - 2 : t + 3])[:, 2:] for t in range(8, 16, 2)]
-    assert found[4][1] == pytest.approx(float(torch.cat(pieces).mean()), abs=1e-6)
+    assert found[4][1] == pytest.approx(float(torch.cat(pieces).mean()), abs=1e-9)
 
 
 def test_what_is_shown_again_is_scored_apart(monkeypatch):
@@ -73,14 +73,14 @@ def test_what_is_shown_again_is_scored_apart(monkeypatch):
 def test_a_token_of_a_longer_row_is_compared_with_itself():
     seeded()
     config = {"layer_types": ["linear_attention"], "max_position_embeddings": 32, "vocab_size": 257}
-    model, text = tiny.shell(**config).model, tiny.tokens(2 * 1024 - 40 + 1)
+    model, text = tiny.shell(**config).model.double(), tiny.tokens(2 * 1024 - 40 + 1)
     short, long = (cut(text, length) for length in (32, 1024))
     losses = lens.token_losses(model, short)
     found = {key: (count, value) for *_, key, count, value in lens._beyond(model, losses, long)}
     far, near = lens.token_losses(model, long).flatten(), losses.flatten()
     same = [i for i in range(len(near)) if 64 <= i % 1024 < 128]
     assert found[64][0] == len(same) == 128
-    assert found[64][1] == pytest.approx(float((far[same] - near[same]).mean()), abs=1e-6)
+    assert found[64][1] == pytest.approx(float((far[same] - near[same]).mean()), abs=1e-9)
     assert [*found] == [32, 64, 128, 256, 512]
 
 
