@@ -5,6 +5,7 @@ Knows models, corpora and folders; nothing of terminals or notebooks, which show
 
 import csv
 import io
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dsl import checkpoint, data, evaluation, generation, hub, optim, runlog, settings
 from dsl.gradients import Objective, accumulate
 from dsl.model import LanguageModel
+from dsl.moe import NotFiniteError
 from dsl.processes import Processes
 from dsl.settings import DataConfig, Run
 
@@ -92,7 +94,7 @@ def _row(folder: Path) -> dict[str, Any]:
     status = "no checkpoint"
     if newest:
         trainer = checkpoint.read_trainer(newest)
-        row |= {name: trainer[name] for name in ("step", "loss", "bits_per_byte")}
+        row |= {"step": trainer["step"], "loss": trainer["loss"], "bits_per_byte": trainer.get("last_bits_per_byte")}
         row["max_steps"] = trainer["settings"]["train"]["max_steps"]
         status = "complete" if row["step"] >= row["max_steps"] and not trainer.get("due") else "can go on"
     return row | {"status": status + (f", {len(skipped)} damaged" if skipped else "")}
@@ -129,18 +131,26 @@ def measure(model: hub.DslForCausalLM, tokenizer: PreTrainedTokenizerBase, **fla
 def examine(source: str, **flat: Any) -> dict[str, Any]:
     """`measure`, the texts that follow the five prompts, and a verdict: `problems` is empty where all is well.
 
-    A problem is a newer step that is damaged, a prompt that nothing follows, no better than chance, an expert without
-    work. Raises CheckpointError where there is nothing to examine.
+    A problem is a newer step that is damaged, a prompt that nothing follows, a model that is broken or no better than
+    chance, an expert without work. Raises CheckpointError where there is nothing to examine.
     """
     model, tokenizer = hub.load(source)
     folder = settings.find_run(source)
     skipped = checkpoint.newest(folder)[1] if folder and not (folder / "config.json").exists() else []
     problems = [f"{path} is damaged: {problem}" for path, problem in skipped]
     sampling = {"max_new_tokens": 60, "temperature": 0.8, "seed": 0}
-    prompts = settings.TrainConfig().prompts
-    texts = {prompt: generation.complete(model, tokenizer, prompt, **sampling) for prompt in prompts}
-    problems += [f"nothing follows {prompt!r}" for prompt, text in texts.items() if not text.strip()]
-    result = measure(model, tokenizer, **flat)
+    texts, result = {}, {"checkpoint": model.name_or_path, "bits_per_byte": math.nan}
+    for prompt in settings.TrainConfig().prompts:
+        texts[prompt], why = "", ""
+        try:
+            texts[prompt] = generation.complete(model, tokenizer, prompt, **sampling)
+        except ValueError as error:  # the prompt is too long for the window, or a figure is not finite
+            why = f": {error}"
+        problems += [] if texts[prompt].strip() else [f"nothing follows {prompt!r}{why}"]
+    try:
+        result = measure(model, tokenizer, **flat)
+    except NotFiniteError as error:
+        problems.append(f"held-out text cannot be measured: {error}")
     if not result["bits_per_byte"] < FROM_CHANCE:  # NaN too
         problems.append(f"bits_per_byte must be below {FROM_CHANCE}, that of a guess, got {result['bits_per_byte']}")
     for layer in result.get("layers", ()):

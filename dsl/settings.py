@@ -182,10 +182,10 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, dic
 
 def _short(config: ModelConfig) -> dict[str, Any]:
     """The plain values of a ModelConfig, what follows from others left open so that those may be changed."""
-    values = config.to_dict()
-    shorter = [(f.name, f.default) for f in dataclasses.fields(config) if f.default in (None, "all")]
-    shorter += [("layer_types", values["layer_types"][:n]) for n in range(config.num_hidden_layers, 0, -1)]
-    for name, value in shorter:
+    values, types = config.to_dict(), config.layer_types
+    period = next(n for n in range(1, len(types) + 1) if all(kind == types[i % n] for i, kind in enumerate(types)))
+    values["layer_types"] = values["layer_types"][:period]
+    for name, value in ((f.name, f.default) for f in dataclasses.fields(config) if f.default in (None, "all")):
         if ModelConfig(**values | {name: value}) == config:
             values[name] = value
     return values
@@ -222,6 +222,8 @@ def find_run(source: str | Path) -> Path | None:
     A bare name is looked up among the checkpoints, at home and then in the repository (which holds `demo`); a path
     is tried as it stands, then from those two.
     """
+    if not str(source):
+        return None
     roots = [root for root in (home(), _repository()) if root]
     named = [root / "checkpoints" / source for root in roots]
     paths = [Path(source).expanduser(), *(root / source for root in roots)]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsl import evaluation, schema, settings
+from dsl import evaluation, hub, report, schema, settings
 from dsl.__main__ import main
 from dsl.settings import Run, preset
 
@@ -315,6 +315,22 @@ def test_test_checkpoint_says_good_or_bad(home, capsys, tmp_path, monkeypatch):
         assert result(capsys, "runs")[0]["status"] == "can go on, 1 damaged"
     finally:
         weights.write_bytes(whole)
+    model, tokenizer = hub.load("small")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken), tokenizer.save_pretrained(broken)
+    given = report.examine(str(broken), corpus="pydocs", held_out_bytes=1000)
+    assert (
+        given["verdict"] == "bad" and "nothing follows" in given["problems"][0] and set(given["texts"].values()) == {""}
+    )
+    assert any("got nan" in problem for problem in given["problems"])
+    model, tokenizer = hub.load("small")
+    with torch.no_grad():
+        model.model.moe_blocks[0].router.weight.fill_(torch.nan)
+    model.save_pretrained(broken)
+    problems = report.examine(str(broken), corpus="pydocs", held_out_bytes=1000)["problems"]
+    assert any("held-out text cannot be measured: router scores must be finite" in problem for problem in problems)
     monkeypatch.setattr("dsl.evaluation.bits_per_byte", lambda *_: float("nan"))
     monkeypatch.setattr("dsl.generation.complete", lambda *_, **__: " ")
     starved = evaluation.load(torch.tensor([[5.0, 0.0], [3.0, 3.0]]))

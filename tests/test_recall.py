@@ -106,6 +106,12 @@ def test_every_kind_trains_on_mqar(kind):
     assert all(0 <= accuracy <= 1 for accuracy in curve.values())
 
 
+def test_accuracy_is_measured_at_every_eighth_of_the_steps_and_at_the_last():
+    for steps, at in ((3, [1, 2, 3]), (17, [*range(2, 17, 2), 17])):
+        curve = recall.mqar_curve("elu", 2, lr=1e-3, steps=steps, length=16, hidden_size=16)
+        assert list(curve) == [f"step {n}" for n in at]
+
+
 def test_a_sweep_goes_on_where_it_stopped(tmp_path):
     calls = []
 

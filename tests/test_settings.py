@@ -297,6 +297,7 @@ def test_find_run(monkeypatch, tmp_path):
     monkeypatch.chdir(cwd)
     assert settings.find_run("a") == home / "checkpoints/a"  # a name means a run before a folder that stands here
     assert settings.find_run(cwd / "a") == cwd / "a"
+    assert settings.find_run("") is None
     assert settings.find_run("a/step-000001") == home / "checkpoints/a/step-000001"
     assert settings.find_run("demo") == settings.find_run("checkpoints/demo") == repository / "checkpoints/demo"
     assert settings.find_run("nowhere") is None and settings.find_run("owner/name") is None
