@@ -25,7 +25,7 @@ train: $(STAMP) ## run notebook 03, about three minutes: ARGS="-p max_steps 300 
 # A process for each core (not each thread), four at most: it takes up to 2 GB, and a file's tests stay together.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-test: $(STAMP) ## run the tests: ARGS="-k name" for some of them, ARGS="-m long" for the six that take half a minute each
+test: $(STAMP) ## run the tests: ARGS="-k name" for some of them, ARGS="-m long" for the seven that take half a minute each
 	$(PY) -m pytest tests $(PARALLEL) $(ARGS)
 
 test-fast: $(STAMP) ## run the tests that take seconds, about a minute in all

@@ -37,7 +37,7 @@ COMMANDS = {
     "dsl train quickstart --run-name mine --max-steps 300": TRAIN,
     'dsl generate --checkpoint checkpoints/demo --prompt "Return a new array" --max-new-tokens 60': None,
     "dsl test-checkpoint --checkpoint checkpoints/demo": None,
-    "dsl runs": f"{TRAIN} && dsl runs",  # it lists what there is
+    "dsl runs": "mkdir -p {tmp}/checkpoints && cp -r checkpoints/demo {tmp}/checkpoints && dsl runs",
     "jupyter lab": "jupyter lab --version",
     "dsl serve --checkpoint checkpoints/demo": "dsl serve --checkpoint checkpoints/demo --port {api}",
     "dsl web --api http://127.0.0.1:8000": "dsl web --api http://127.0.0.1:{api} --port {page}",
@@ -47,7 +47,7 @@ SAYS = {  # what a command prints
     "dsl train": "status: finished",
     "dsl generate": "^Return a new array.+",
     "dsl test-checkpoint": "problems",
-    "dsl runs": "^mine .*",
+    "dsl runs": "^demo +700 .*complete",
     "jupyter lab": r"^\d+\.\d+",
     "source .venv/bin/activate": "",
 }

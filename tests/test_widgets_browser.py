@@ -36,6 +36,7 @@ def test_moving_the_slider_redraws_the_figure(chromium, root, tmp_path, monkeypa
 
 @pytest.mark.browser
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_panel_of_a_training_follows_it_in_place(chromium, root, tmp_path, monkeypatch):
     from playwright.sync_api import expect
 
