@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsl.batching import Batch
-from dsl.generation import Token, turns
+from dsl.generation import Token, end_tokens, turns
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ class Engine(threading.Thread):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.waiting, self.running, self.work = deque(), [], threading.Condition()
         self.batches: dict[Batch, list[Job]] = {}
-        self.closed, ends = False, model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}  # as in `generation`
+        self.closed, self.ends = False, end_tokens(model, tokenizer)
 
     def submit(self, job: Job) -> None:
         """Queue a request; raises Full."""

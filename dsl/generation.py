@@ -160,10 +160,15 @@ def turns(model, tokenizer, prompt, *, stop=None, **sampling) -> Turns:
     return _turns(model, tokenizer, _prompt_ids(model, tokenizer, prompt), how, getattr(stop, "is_set", stop))
 
 
+def end_tokens(model: DslForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
+    """The ids that end a text: the tokenizer's end-of-text token, and those of the generation config."""
+    more = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+
+
 @torch.inference_mode()
 def _turns(model, tokenizer, ids: list[int], how: Sampling, stopped: Callable[[], bool] | None) -> Turns:
-    text, more = _Text(tokenizer, ids[-1]), model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+    text, ends = _Text(tokenizer, ids[-1]), end_tokens(model, tokenizer)
     tokens, choose = torch.tensor([ids], device=model.device), _chooser(how, model.device)
     reading = yield tokens
     yield None
